@@ -1,0 +1,120 @@
+"""Exact figures of a plan: work per rank, balance, bytes by link, rows moved in vain, peak buffer rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from distattn.kernels.bands import K0, K1, Q0, Q1, areas
+from distattn.parallel.intervals import Intervals, groups, subtract, union
+from distattn.parallel.plan import (
+    DST,
+    KV_OWNER,
+    KV_START,
+    KV_STOP,
+    LANE,
+    NEED,
+    OWNER,
+    POST,
+    Q_OWNER,
+    Q_START,
+    Q_STOP,
+    RANK,
+    SRC,
+    STAGE,
+    START,
+    STOP,
+    WHAT,
+    Plan,
+    What,
+)
+from distattn.parallel.shape import Shape
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Exact figures of one plan. Arrays are int64 [P] or [P, P]; bytes are payload bytes without alignment."""
+
+    work: np.ndarray
+    bytes_by_link: np.ndarray
+    wasted_rows: int
+    peak_buffer_rows: np.ndarray
+    messages: int
+
+    @property
+    def balance(self) -> float:
+        """Work of the busiest rank over the mean; 1.0 where there is no work."""
+        mean = self.work.mean() if len(self.work) else 0
+        return float(self.work.max() / mean) if mean else 1.0
+
+
+def statistics(plan: Plan, shape: Shape) -> Statistics:
+    """Statistics of a whole plan for the heads, head sizes and dtypes of ``shape``."""
+    t = plan.transfers
+    per_row = np.array([shape.row_bytes(what) for what in What], dtype=np.int64)
+    volume = np.zeros((plan.world, plan.world), dtype=np.int64)
+    np.add.at(volume, (t[:, SRC], t[:, DST]), (t[:, STOP] - t[:, START]) * per_row[t[:, WHAT]])
+    _, first = groups(t[:, SRC], t[:, DST], t[:, LANE], t[:, POST])
+    return Statistics(work(plan), volume, wasted_rows(plan), peak_buffer_rows(plan), len(first))
+
+
+def work(plan: Plan) -> np.ndarray:
+    """Visible (query, key) pairs that each rank computes, int64 [P]."""
+    total = np.zeros(plan.world, dtype=np.int64)
+    np.add.at(total, plan.tasks[plan.task_of_band, RANK], areas(plan.bands))
+    return total
+
+
+def wasted_rows(plan: Plan) -> int:
+    """Received rows of queries and keys that no band of the receiver touches and that it does not pass on."""
+    t = plan.transfers[np.isin(plan.transfers[:, WHAT], (What.Q, What.KV))]
+    task = plan.tasks[plan.task_of_band]
+    world = plan.world
+
+    def rows(rank: np.ndarray, what: np.ndarray | int, owner: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Intervals:
+        return Intervals((rank * 6 + what) * world + owner, start, stop)
+
+    q_use = rows(task[:, RANK], What.Q, task[:, Q_OWNER], task[:, Q_START] + plan.bands[:, Q0], task[:, Q_START] + plan.bands[:, Q1])
+    kv_use = rows(
+        task[:, RANK], What.KV, task[:, KV_OWNER], task[:, KV_START] + plan.bands[:, K0], task[:, KV_START] + plan.bands[:, K1]
+    )
+    relayed = rows(t[:, SRC], t[:, WHAT], t[:, OWNER], t[:, START], t[:, STOP])
+    used = Intervals(*(np.concatenate(c) for c in zip(q_use, kv_use, relayed, strict=True)))
+    return int(subtract(rows(t[:, DST], t[:, WHAT], t[:, OWNER], t[:, START], t[:, STOP]), used).rows.sum())
+
+
+def peak_buffer_rows(plan: Plan) -> np.ndarray:
+    """Rows of foreign data (inputs and sums) that each rank holds at once, at most; int64 [P].
+
+    A run of an owner's rows is held from the boundary that posts its first arrival (or the stage of the first task that adds
+    to it) to the end of the last stage that uses it, or the boundary that awaits its last departure.
+    """
+    t, tasks = plan.transfers, plan.tasks
+    columns = [
+        (t[:, DST], t[:, OWNER], t[:, WHAT], t[:, START], t[:, STOP], t[:, POST], t[:, NEED]),
+        (t[:, SRC], t[:, OWNER], t[:, WHAT], t[:, START], t[:, STOP], t[:, POST], t[:, NEED]),
+        (*(plan.kept[:, c] for c in (0, 1, 4, 2, 3)), np.zeros(len(plan.kept), np.int64), np.zeros(len(plan.kept), np.int64)),
+    ]
+    uses = [(What.Q, Q_OWNER, Q_START, Q_STOP), (What.KV, KV_OWNER, KV_START, KV_STOP)]
+    uses += (
+        [(What.OUT, Q_OWNER, Q_START, Q_STOP)]
+        if plan.direction == "forward"
+        else [(What.DOUT, Q_OWNER, Q_START, Q_STOP), (What.DQ, Q_OWNER, Q_START, Q_STOP), (What.DKV, KV_OWNER, KV_START, KV_STOP)]
+    )
+    for what, owner, start, stop in uses:
+        kind = np.full(len(tasks), what)
+        columns.append((tasks[:, RANK], tasks[:, owner], kind, tasks[:, start], tasks[:, stop], tasks[:, STAGE], tasks[:, STAGE] + 1))
+    rank, owner, what, start, stop, born, dies = (np.concatenate(c) for c in zip(*columns, strict=True))
+    foreign = rank != owner
+    rank, owner, what, start, stop, born, dies = (c[foreign] for c in (rank, owner, what, start, stop, born, dies))
+    number, first = groups(rank, owner, what)
+    runs = union(Intervals(number, start, stop))
+    rows = np.bincount(runs.key, weights=runs.rows, minlength=len(first)).astype(np.int64)
+    begin, end = np.full(len(first), plan.stages + 1), np.zeros(len(first), np.int64)
+    np.minimum.at(begin, number, born)
+    np.maximum.at(end, number, dies)
+    held = np.zeros((plan.world, plan.stages + 2), dtype=np.int64)
+    np.add.at(held, (rank[first], begin), rows)
+    np.add.at(held, (rank[first], end), -rows)
+    return np.cumsum(held, axis=1).max(axis=1, initial=0)

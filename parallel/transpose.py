@@ -1,0 +1,150 @@
+"""The backward plan, derived from the forward plan by transposition.
+
+Stages run in reverse order and transfers are reversed: where kv went out dkv comes home, where q went out dq comes home,
+where out came home dout goes out. Inputs that a rank no longer holds travel again, along the forward chain run backwards
+(each rank hands its copy to the one that it had it from) or, where the chain has no holder, straight from their owner.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from distattn.parallel.intervals import Intervals, cut, groups, union
+from distattn.parallel.plan import (
+    DST,
+    KV_OWNER,
+    KV_START,
+    KV_STOP,
+    LANE,
+    NEED,
+    OWNER,
+    POST,
+    Q_OWNER,
+    Q_START,
+    Q_STOP,
+    RANK,
+    SRC,
+    STAGE,
+    START,
+    STOP,
+    WHAT,
+    Plan,
+    What,
+)
+
+Keep = Literal["all", "last", "none"]
+HOME_LANE = 2
+GRADIENT_OF = {What.Q: What.DQ, What.KV: What.DKV, What.OUT: What.DOUT}
+
+
+def transpose(plan: Plan, keep: Keep = "last") -> Plan:
+    """The backward plan of a whole forward plan.
+
+    Args:
+        keep: which received keys and queries stay on their rank until the backward pass. ``"all"``: nothing is sent again;
+            ``"last"``: those of the last forward stage, with which the backward begins (a ring: 3P - 4 shards sent in float32
+            terms of the design); ``"none"``: all are sent again, the least memory (3P - 3).
+
+    Raises:
+        ValueError: for a view of one rank, a backward plan, or an unknown ``keep``.
+    """
+    if plan.rank is not None or plan.direction != "forward":
+        raise ValueError(f"Only a whole forward plan can be transposed. Found a {plan.direction} plan of rank {plan.rank}.")
+    if keep not in ("all", "last", "none"):
+        raise ValueError(f"keep must be 'all', 'last' or 'none'. Found {keep!r}.")
+    inputs = plan.transfers[np.isin(plan.transfers[:, WHAT], (What.Q, What.KV))]
+    lead = int(keep == "none" and len(inputs) > 0)  # a first stage for local work while the first keys travel
+    stages = plan.stages + lead
+    tasks = plan.tasks.copy()
+    tasks[:, STAGE] = stages - 1 - tasks[:, STAGE]
+    if lead:
+        local = (plan.tasks[:, RANK] == plan.tasks[:, Q_OWNER]) & (plan.tasks[:, RANK] == plan.tasks[:, KV_OWNER])
+        tasks[local & (plan.tasks[:, STAGE] == 0), STAGE] = 0
+    order = np.lexsort((-np.arange(len(tasks)), tasks[:, STAGE]))
+    counts = np.diff(plan.band_ptr)
+    band_order = np.argsort(np.argsort(order, kind="stable")[plan.task_of_band], kind="stable")
+    resent, kept = _inputs(plan, inputs, keep, stages)
+    transfers = np.concatenate([resent, _reversed(plan.transfers, stages)])
+    bound = plan.buffer_bound
+    if bound is not None:
+        held = np.bincount(kept[:, 0], weights=kept[:, 3] - kept[:, 2], minlength=1).max() if keep == "all" else 0
+        bound = 2 * bound + int(held)
+    return replace(
+        plan,
+        direction="backward",
+        stages=stages,
+        tasks=tasks[order],
+        band_ptr=np.concatenate([[0], np.cumsum(counts[order])]).astype(np.int64),
+        bands=plan.bands[band_order],
+        transfers=transfers[np.lexsort((transfers[:, START], transfers[:, OWNER], transfers[:, WHAT], transfers[:, POST]))],
+        kept=kept,
+        buffer_bound=bound,
+    )
+
+
+def _reversed(transfers: np.ndarray, stages: int) -> np.ndarray:
+    """Gradients come back the way that their inputs went; dout goes out the way that out came home."""
+    out = transfers.copy()
+    out[:, SRC], out[:, DST] = transfers[:, DST], transfers[:, SRC]
+    out[:, POST], out[:, NEED] = stages - transfers[:, NEED], stages - transfers[:, POST]
+    for what, gradient in GRADIENT_OF.items():
+        out[transfers[:, WHAT] == what, WHAT] = gradient
+    out[out[:, WHAT] != What.DOUT, LANE] = HOME_LANE
+    return out
+
+
+def _inputs(plan: Plan, inputs: np.ndarray, keep: Keep, stages: int) -> tuple[np.ndarray, np.ndarray]:
+    """(transfers that bring q and kv once more, the table of kept runs)."""
+    piece, start, stop, use = _pieces_with_last_use(plan, inputs)
+    row = inputs[piece]
+    kept = {"all": np.ones(len(row), bool), "last": use == plan.stages - 1, "none": np.zeros(len(row), bool)}[keep]
+    child, child_post = _child(row, start, use)
+    again = ~kept
+    has_child = child >= 0
+    need = stages - 1 - np.where(has_child, child_post, use)
+    columns = [np.where(has_child, child, row[:, OWNER]), row[:, DST], row[:, OWNER], row[:, WHAT], row[:, LANE], need]
+    group, first = groups(*(c[again] for c in columns))
+    src, dst, owner, what, lane, need = (c[again][first] for c in columns)
+    runs = union(Intervals(group, start[again], stop[again]))
+    g = runs.key
+    resent = np.stack([src[g], dst[g], owner[g], runs.start, runs.stop, what[g], lane[g], need[g] - 1, need[g]], 1)
+    group, first = groups(*(c[kept] for c in (row[:, DST], row[:, OWNER], row[:, WHAT])))
+    runs = union(Intervals(group, start[kept], stop[kept]))
+    rank, owner, what = (row[kept][first][:, c] for c in (DST, OWNER, WHAT))
+    table = np.stack([rank[runs.key], owner[runs.key], runs.start, runs.stop, what[runs.key]], 1)
+    return resent, table
+
+
+def _pieces_with_last_use(plan: Plan, inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Received runs cut where other transfers or tasks end: (transfer, start, stop, last forward stage that uses the piece)."""
+    t, world = plan.tasks, plan.world
+    arrivals = Intervals(inputs[:, WHAT] * world + inputs[:, OWNER], inputs[:, START], inputs[:, STOP])
+    q_uses = Intervals(What.Q * world + t[:, Q_OWNER], t[:, Q_START], t[:, Q_STOP])
+    kv_uses = Intervals(What.KV * world + t[:, KV_OWNER], t[:, KV_START], t[:, KV_STOP])
+    (piece, start, stop), q_pieces, kv_pieces = cut(arrivals, q_uses, kv_uses)
+    rank = np.concatenate([inputs[piece, DST], t[q_pieces[0], RANK], t[kv_pieces[0], RANK]])
+    key = np.concatenate([arrivals.key[piece], q_uses.key[q_pieces[0]], kv_uses.key[kv_pieces[0]]])
+    begin = np.concatenate([start, q_pieces[1], kv_pieces[1]])
+    stage = np.concatenate([inputs[piece, NEED], t[q_pieces[0], STAGE], t[kv_pieces[0], STAGE]])
+    number, first = groups(rank, key, begin)
+    last = np.zeros(len(first), dtype=np.int64)
+    np.maximum.at(last, number, stage)
+    return piece, start, stop, last[number[: len(piece)]]
+
+
+def _child(row: np.ndarray, start: np.ndarray, use: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each received piece: the rank that it was passed on to after its last use here, or -1; and when."""
+    n = len(row)
+    place = np.concatenate([row[:, DST], row[:, SRC]])  # where the piece is needed; where a relay took it from
+    number, first = groups(place, np.tile(row[:, WHAT], 2), np.tile(row[:, OWNER], 2), np.tile(start, 2))
+    here, from_here = number[:n], number[n:]
+    late_enough = np.full(len(first), -1, dtype=np.int64)
+    last_use = np.full(len(first), -1, dtype=np.int64)
+    last_use[here] = use
+    valid = np.flatnonzero((row[:, SRC] != row[:, OWNER]) & (row[:, POST] >= last_use[from_here]))
+    late_enough[from_here[valid]] = valid  # the last one in plan order, if several
+    relay = late_enough[here]
+    return np.where(relay >= 0, row[relay, DST], -1), np.where(relay >= 0, row[relay, POST], -1)
