@@ -1,0 +1,1 @@
+"""Schedules: functions ``(layout, mask, ...) -> Plan``, one idea a file."""
