@@ -18,11 +18,11 @@ import torch
 
 
 class Segments(NamedTuple):
-    """The segments of one rank: global positions ``start + step * i`` for ``i < count`` are rows ``row + i`` of its shard."""
+    """The segments of one rank: positions ``start + step * i`` for ``i < count`` are rows ``row + i`` of its shard."""
 
-    start: np.ndarray
-    count: np.ndarray
-    row: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+    rows: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +99,8 @@ class Layout:
 
     def positions(self, rank: int) -> np.ndarray:
         """Global position of every row of the shard of ``rank``, rising, int64 [rows]."""
-        start, count, row = self.segments(rank)
-        return np.repeat(start - self.step * row, count) + self.step * np.arange(self.rows(rank))
+        starts, counts, rows = self.segments(rank)
+        return np.repeat(starts - self.step * rows, counts) + self.step * np.arange(self.rows(rank))
 
     def segments_meeting(self, rank: np.ndarray, first: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Segments of ``rank`` whose span meets the positions [first, stop), as ranges of the columns; arguments broadcast."""
@@ -127,7 +127,7 @@ class Layout:
     def owner_of(self, positions: np.ndarray | Sequence[int] | int) -> tuple[np.ndarray, np.ndarray]:
         """(rank, row of its shard) of global positions, int64, shaped as ``positions``."""
         asked = np.asarray(positions, dtype=np.int64)
-        if asked.size and not (0 <= asked.min() and asked.max() < self.n_tokens):
+        if asked.size and not (asked.min() >= 0 and asked.max() < self.n_tokens):
             raise ValueError(
                 f"owner_of was asked for positions {asked.min()} to {asked.max()}, but {self!r} holds 0 to "
                 f"{self.n_tokens - 1}. Pass positions inside the sequence."

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from distattn.kernels.bands import HI, K0, K1, LO, Q0, Q1, drop_empty, localize, shift
+from distattn.kernels.bands import HI, K0, K1, LO, Q0, Q1, localize, shift
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
 
-_AT_ONCE = 1 << 18  # rows of intermediate tables held at a time: what fits the cache is several times faster than 2**22
+_AT_ONCE = 1 << 18  # rows of an intermediate table: bounds memory to some 100 MB; more is slower, not faster
 
 
 class LocalBands(NamedTuple):
@@ -68,16 +70,20 @@ def local_bands(mask: Mask, layout: Layout, q_rank: np.ndarray | int, kv_rank: n
 def _touched(table: np.ndarray, layout: Layout, ranks: np.ndarray) -> _Touched:
     first, stop = layout.segments_meeting(ranks[:, None], table[:, Q0], table[:, Q1])  # [ranks, bands]
     owner, segment = _expand(first.ravel(), stop.ravel())
-    rank, band = owner // len(table) if len(table) else owner, owner % max(1, len(table))
-    b = table[band]
-    begin = layout.seg_start[segment]
-    q_first = np.maximum(b[:, Q0], begin)
-    q_last = np.minimum(b[:, Q1] - 1, begin + layout.step * (layout.seg_count[segment] - 1))
-    key_first, key_stop = np.maximum(b[:, K0], q_first + b[:, LO]), np.minimum(b[:, K1], q_last + b[:, HI] + 1)
+    band = owner % max(1, len(table))
+    b, begin, step = table[band], layout.seg_start[segment], layout.step
+    q_first = begin + np.maximum(0, -((begin - b[:, Q0]) // step)) * step
+    q_last = begin + np.minimum(layout.seg_count[segment] - 1, (b[:, Q1] - 1 - begin) // step) * step
+    some = q_first <= q_last  # a long stride can step over a band
+    rank, band, segment, b = owner[some] // max(1, len(table)), band[some], segment[some], b[some]
+    key_first = np.maximum(b[:, K0], q_first[some] + b[:, LO])
+    key_stop = np.minimum(b[:, K1], q_last[some] + b[:, HI] + 1)
     return _Touched(np.searchsorted(rank, np.arange(len(ranks) + 1)), band, segment, key_first, key_stop)
 
 
-def _meet(table: np.ndarray, layout: Layout, touched: _Touched, q_index: np.ndarray, kv_rank: np.ndarray):
+def _meet(
+    table: np.ndarray, layout: Layout, touched: _Touched, q_index: np.ndarray, kv_rank: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (local table, pair [n]) for pairs of an index into ``touched`` and a key rank, a bounded piece at a time."""
     begin, stop = touched.ptr[q_index], touched.ptr[q_index + 1]
     for pairs in _pieces(stop - begin):
@@ -87,17 +93,21 @@ def _meet(table: np.ndarray, layout: Layout, touched: _Touched, q_index: np.ndar
         for rows in _pieces(last - first):
             row, kv_segment = _expand(first[rows], last[rows])
             row += rows.start
-            local = _localize(table[touched.band[piece[row]]], layout, touched.segment[piece[row]], kv_segment)
-            seen = local[:, Q0] < local[:, Q1]
-            yield drop_empty(local), pair[row[seen]]
+            key_first = touched.key_first[piece[row]]
+            ahead = key_first - layout.seg_start[kv_segment]
+            next_key = key_first + np.where(ahead > 0, -ahead % layout.step, -ahead)
+            some = next_key < touched.key_stop[piece[row]]
+            row, kv_segment = row[some], kv_segment[some]
+            local, seen = _in_rows(table[touched.band[piece[row]]], layout, touched.segment[piece[row]], kv_segment)
+            yield local, pair[row[seen]]
 
 
-def _localize(table: np.ndarray, layout: Layout, q_segment: np.ndarray, kv_segment: np.ndarray) -> np.ndarray:
-    q_start, q_count, q_row = (column[q_segment] for column in (layout.seg_start, layout.seg_count, layout.seg_row))
-    k_start, k_count, k_row = (column[kv_segment] for column in (layout.seg_start, layout.seg_count, layout.seg_row))
-    local = localize(table, q_start, q_count, k_start, k_count, layout.step)
-    empty = local[:, Q0] == local[:, Q1]
-    return np.where(empty[:, None], local, shift(local, q_row, k_row))
+def _in_rows(table: np.ndarray, layout: Layout, q_segment: np.ndarray, kv_segment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each band on its own pair of segments, in rows of the shards; those that see something, and which these are."""
+    start, count, row = layout.seg_start, layout.seg_count, layout.seg_row
+    local = localize(table, start[q_segment], count[q_segment], start[kv_segment], count[kv_segment], layout.step)
+    seen = np.flatnonzero(local[:, Q0] < local[:, Q1])
+    return shift(local[seen], row[q_segment[seen]], row[kv_segment[seen]]), seen
 
 
 def _expand(first: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -113,4 +123,4 @@ def _pieces(counts: np.ndarray) -> list[slice]:
     total = int(ends[-1]) if len(ends) else 0
     cuts = np.searchsorted(ends, np.arange(_AT_ONCE, total, _AT_ONCE), side="left") + 1
     edges = np.unique(np.concatenate([[0], cuts, [len(counts)]])).tolist()
-    return [slice(a, b) for a, b in zip(edges[:-1], edges[1:])]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
