@@ -84,7 +84,9 @@ class Transfer:
     need: int
 
     def __str__(self) -> str:
-        return f"{self.what.name.lower()} {self.rows} from rank {self.src} to rank {self.dst} (boundary {self.post} to {self.need})"
+        return (
+            f"{self.what.name.lower()} {self.rows} from rank {self.src} to rank {self.dst} (boundary {self.post} to {self.need})"
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -75,7 +75,9 @@ def wasted_rows(plan: Plan) -> int:
     def rows(rank: np.ndarray, what: np.ndarray | int, owner: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Intervals:
         return Intervals((rank * 6 + what) * world + owner, start, stop)
 
-    q_use = rows(task[:, RANK], What.Q, task[:, Q_OWNER], task[:, Q_START] + plan.bands[:, Q0], task[:, Q_START] + plan.bands[:, Q1])
+    q_use = rows(
+        task[:, RANK], What.Q, task[:, Q_OWNER], task[:, Q_START] + plan.bands[:, Q0], task[:, Q_START] + plan.bands[:, Q1]
+    )
     kv_use = rows(
         task[:, RANK], What.KV, task[:, KV_OWNER], task[:, KV_START] + plan.bands[:, K0], task[:, KV_START] + plan.bands[:, K1]
     )
@@ -104,7 +106,9 @@ def peak_buffer_rows(plan: Plan) -> np.ndarray:
     )
     for what, owner, start, stop in uses:
         kind = np.full(len(tasks), what)
-        columns.append((tasks[:, RANK], tasks[:, owner], kind, tasks[:, start], tasks[:, stop], tasks[:, STAGE], tasks[:, STAGE] + 1))
+        columns.append(
+            (tasks[:, RANK], tasks[:, owner], kind, tasks[:, start], tasks[:, stop], tasks[:, STAGE], tasks[:, STAGE] + 1)
+        )
     rank, owner, what, start, stop, born, dies = (np.concatenate(c) for c in zip(*columns, strict=True))
     foreign = rank != owner
     rank, owner, what, start, stop, born, dies = (c[foreign] for c in (rank, owner, what, start, stop, born, dies))

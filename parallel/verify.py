@@ -85,7 +85,9 @@ def _malformed(plan: Plan) -> Iterator[str]:
         yield f"task {i} of rank {tasks[i, RANK]} is in stage {tasks[i, STAGE]} of {plan.stages}"
     for i in np.flatnonzero((t[:, START] < 0) | (t[:, STOP] > rows[t[:, OWNER]]) | (t[:, START] >= t[:, STOP])):
         yield f"{plan.transfer(i)}: rank {t[i, OWNER]} has {rows[t[i, OWNER]]} rows"
-    for i in np.flatnonzero((t[:, SRC] == t[:, DST]) | (t[:, POST] >= t[:, NEED]) | (t[:, POST] < 0) | (t[:, NEED] > plan.stages)):
+    for i in np.flatnonzero(
+        (t[:, SRC] == t[:, DST]) | (t[:, POST] >= t[:, NEED]) | (t[:, POST] < 0) | (t[:, NEED] > plan.stages)
+    ):
         yield f"{plan.transfer(i)}: from a rank to itself, or not awaited after its posting and by boundary {plan.stages}"
 
 
@@ -134,7 +136,9 @@ def _cover(plan: Plan) -> Iterator[str]:
     np.add.at(have, owners, values.T)
     area = np.bincount(pair, weights=areas(bands), minlength=len(want)).astype(np.int64)
     task_area = np.bincount(
-        (plan.tasks[:, Q_OWNER] * world + plan.tasks[:, KV_OWNER])[plan.task_of_band], weights=areas(plan.bands), minlength=len(want)
+        (plan.tasks[:, Q_OWNER] * world + plan.tasks[:, KV_OWNER])[plan.task_of_band],
+        weights=areas(plan.bands),
+        minlength=len(want),
     ).astype(np.int64)
     wrong = np.flatnonzero((want % P != have % P).any(1))
     for p in wrong:
@@ -155,7 +159,9 @@ def _task_fingerprints(plan: Plan, fingerprint: Fingerprint) -> tuple[np.ndarray
     return fingerprint(table, q_start, k_start), (t[:, Q_OWNER] * plan.world + t[:, KV_OWNER])[index]
 
 
-def _in_segments(plan: Plan, bands: np.ndarray, q_owner: np.ndarray, kv_owner: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+def _in_segments(
+    plan: Plan, bands: np.ndarray, q_owner: np.ndarray, kv_owner: np.ndarray
+) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """Bands over whole shards as bands over single segments: (table, (index, start of query segment, start of key segment))."""
     layout = plan.layout
     span = int(layout.rows_all.max(initial=0)) + 1
@@ -184,7 +190,9 @@ def _inputs_in_time(plan: Plan) -> Iterator[str]:
     blocks.append((kept[:, 0], kept[:, 4], kept[:, 1], kept[:, 2], kept[:, 3], np.zeros(len(kept), np.int64)))
     blocks.append((t[:, SRC], t[:, WHAT], t[:, OWNER], t[:, START], t[:, STOP], t[:, POST]))
     for what, owner, start in uses:
-        blocks.append((tasks[:, RANK], np.full(len(tasks), what), tasks[:, owner], tasks[:, start], tasks[:, start + 1], tasks[:, STAGE]))
+        blocks.append(
+            (tasks[:, RANK], np.full(len(tasks), what), tasks[:, owner], tasks[:, start], tasks[:, start + 1], tasks[:, STAGE])
+        )
     rank, what, owner, start, stop, time = (np.concatenate(c) for c in zip(*blocks, strict=True))
     kind = np.repeat(np.arange(len(blocks)), [len(b[0]) for b in blocks])
     foreign = rank != owner
@@ -217,7 +225,14 @@ def _sums_go_home(plan: Plan) -> Iterator[str]:
     blocks = [(t[:, SRC], t[:, WHAT], t[:, OWNER], t[:, START], t[:, STOP], t[:, POST])]
     blocks.append((t[:, DST], t[:, WHAT], t[:, OWNER], t[:, START], t[:, STOP], t[:, NEED]))
     for what, owner, start in made:
-        columns = (tasks[:, RANK], np.full(len(tasks), what), tasks[:, owner], tasks[:, start], tasks[:, start + 1], tasks[:, STAGE] + 1)
+        columns = (
+            tasks[:, RANK],
+            np.full(len(tasks), what),
+            tasks[:, owner],
+            tasks[:, start],
+            tasks[:, start + 1],
+            tasks[:, STAGE] + 1,
+        )
         blocks.append(columns)
     rank, what, owner, start, stop, time = (np.concatenate(c) for c in zip(*blocks, strict=True))
     leaves = np.arange(len(rank)) < len(t)

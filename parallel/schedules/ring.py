@@ -88,4 +88,3 @@ def _tasks(
     k_stop = np.where(t_task == 0, layout.rows_all[o], stop[r] if len(stop) else 0)
     tasks = np.stack([t_task, rank, rank, np.zeros_like(rank), layout.rows_all[rank], o, k_start, k_stop], 1)
     return number, tasks
-
