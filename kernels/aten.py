@@ -36,7 +36,7 @@ def _as_op_input(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
 
 def _cut(x: Tensor, start: int, stop: int, piece: Piece) -> Tensor:
     """Rows [start, stop) of [1, H, T, ...] in the piece's direction."""
-    x = x[:, :, start:stop]
+    x = x.narrow(2, start, stop - start)
     return x.flip(2) if piece.kind == FLIPPED else x
 
 
@@ -61,7 +61,7 @@ def _attend(piece: Piece, q: Tensor, k: Tensor, v: Tensor, scores: Scores, d_v: 
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         _cut(q, *rows), _cut(k, *keys), _cut(v, *keys), **_options(piece, q.dtype, scores)
     )
-    o = o[..., :d_v]
+    o = o[..., :d_v] if o.shape[3] > d_v else o
     return State(o.flip(2), lse.flip(2)) if piece.kind == FLIPPED else State(o, lse)
 
 
@@ -143,12 +143,12 @@ def _forward_by_pieces(q: Tensor, k: Tensor, v: Tensor, bands: Bands, scores: Sc
     o, lse = (_heads_first(x[work.rows]) for x in state)
     for piece in work.calls:
         part = _attend(piece, qh, kh, vh, scores, d_v)
-        rows = slice(piece.q0, piece.q1)
+        own = State(*(x.narrow(2, piece.q0, piece.q1 - piece.q0) for x in (o, lse)))
         if piece.fresh and not resumed:
-            o[:, :, rows].copy_(part.o)
-            lse[:, :, rows].copy_(part.lse)
+            own.o.copy_(part.o)
+            own.lse.copy_(part.lse)
         else:
-            merge_into(State(o[:, :, rows], lse[:, :, rows]), part)
+            merge_into(own, part)
     return state
 
 
@@ -183,7 +183,8 @@ def _backward_by_pieces(
         )
         for total, grad, (start, stop, _) in zip((dqh, dkh, dvh), grads, (rows, keys, keys), strict=True):
             grad = grad.flip(2) if piece.kind == FLIPPED else grad
-            total[:, :, start:stop].add_(grad[..., : total.shape[3]])
+            grad = grad[..., : total.shape[3]] if width > total.shape[3] else grad
+            total.narrow(2, start, stop - start).add_(grad)
 
 
 def _forward_by_tiles(q: Tensor, k: Tensor, v: Tensor, bands: Bands, scores: Scores, state: State | None) -> State:
