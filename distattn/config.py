@@ -1,0 +1,319 @@
+"""The configuration of a training run: what can be set, what each key means, and what is refused.
+
+A run is one YAML file plus ``key=value`` words. Everything that can be found wrong without touching a device is found
+here, before any process group starts: unknown keys, wrong types, names that do not exist, numbers that do not fit.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+SCHEDULES = ("ring", "zigzag", "striped")
+DTYPES = ("float32", "float64", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")
+CHECKPOINTING = ("none", "full", "selective")
+
+
+def key(default: Any, doc: str) -> Any:
+    """A configuration key with its one-line explanation, which ``--help`` prints."""
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass
+class ModelConfig:
+    vocab_size: int = key(256, "number of tokens; 256 for bytes")
+    dim: int = key(256, "width of the residual stream")
+    layers: int = key(4, "number of blocks")
+    heads: int = key(4, "query heads")
+    kv_heads: int = key(4, "key heads; divides heads (fewer key heads than query heads is GQA)")
+    head_dim: int = key(0, "width of a head; 0 means dim / heads")
+    hidden_dim: int = key(768, "width of the SwiGLU layer")
+    rope_theta: float = key(10000.0, "base of the rotary angles")
+    norm_eps: float = key(1e-5, "added to the mean square in RMSNorm")
+    tie_head: bool = key(False, "the output head is the embedding")
+    zero_attention: bool = key(False, "control run: what attention returns is multiplied by zero")
+    dtype: str = key("float32", f"of the parameters: {', '.join(DTYPES)}")
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.dim // self.heads
+
+
+@dataclass
+class DataConfig:
+    path: str = key("", "folder with tokens.bin, documents.bin and meta.json (made by prepare)")
+    source: str = key("", "what to prepare where path is missing: 'stdlib' (Python's own source), a text file or a folder")
+    tokenizer: str = key("byte", "for source: 'byte' or a tokenizers JSON file")
+    sequence_length: int = key(4096, "tokens in one packed sequence, over all ranks that share it")
+    held_out: float = key(0.02, "part of the documents that is never trained on, but evaluated")
+    seed: int = key(0, "of the order of the documents and of the choice of those held out")
+    verify: bool = key(True, "compare the checksum of the token file before training (reads it once)")
+
+
+@dataclass
+class TrainConfig:
+    steps: int = key(1000, "optimizer steps")
+    sequences_per_step: int = key(1, "sequences in one optimizer step; what the data axis does not hold is accumulated")
+    learning_rate: float = key(3e-4, "the highest, reached after the warm-up")
+    final_learning_rate: float = key(0.1, "the last, as part of learning_rate (cosine in between)")
+    warmup_steps: int = key(100, "steps of linear warm-up")
+    weight_decay: float = key(0.1, "of matrices; vectors are not decayed")
+    beta1: float = key(0.9, "AdamW, first moment")
+    beta2: float = key(0.95, "AdamW, second moment")
+    epsilon: float = key(1e-8, "AdamW, added to the root of the second moment")
+    clip_norm: float = key(1.0, "gradients longer than this are shortened to it; 0 does not clip")
+    seed: int = key(0, "of the initial parameters; the same parameters on any number of ranks")
+    device: str = key("auto", f"one of {', '.join(DEVICES)}; auto takes GPUs where there are any")
+    autocast: bool = key(True, "bfloat16 autocast, on GPUs only")
+    loss_rows: int = key(2048, "rows whose logits exist at one time; 0 means all of them")
+    fused_loss: bool = key(False, "liger-kernel's fused cross entropy (GPU only, an optional package)")
+    log_every: int = key(1, "steps between progress lines")
+    eval_every: int = key(0, "steps between evaluations; 0 evaluates at the end only")
+    eval_sequences: int = key(4, "held-out sequences of one evaluation; 0 never evaluates")
+    tensorboard: bool = key(False, "write TensorBoard files too (an optional package)")
+
+
+@dataclass
+class ParallelConfig:
+    schedule: str = key("zigzag", f"how attention is spread over ranks: {', '.join(SCHEDULES)}")
+    cp: int = key(0, "ranks that share one sequence; 0 means all that dp leaves")
+    dp: int = key(1, "groups of ranks with sequences of their own")
+    backend: str = key("", "attention kernel; empty takes the best that fits")
+    checkpointing: str = key("none", f"what backward computes again: {', '.join(CHECKPOINTING)} (selective: all but attention)")
+    compile: bool = key(False, "torch.compile each block")
+    gather_dtype: str = key("", f"FSDP gathers parameters in this dtype ({', '.join(DTYPES)}); empty keeps theirs")
+    timeout: float = key(600.0, "seconds that a rank waits for another before the run ends with an error")
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = key(0, "steps between checkpoints; 0 saves at the end only")
+    keep: int = key(2, "whole checkpoints kept; older ones are removed")
+    resume: bool = key(True, "go on from the newest whole checkpoint in out")
+
+
+@dataclass
+class Config:
+    out: str = key("runs/run", "folder for checkpoints, metrics and the plot")
+    compare: str = key("", "metrics.jsonl of another run, drawn into the plot")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+def describe(section: Any = None, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every key as (dotted name, default, explanation), in the order of the dataclasses."""
+    section = Config() if section is None else section
+    for f in fields(section):
+        value = getattr(section, f.name)
+        if is_dataclass(value):
+            yield from describe(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, value, f.metadata["doc"]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int = 1) -> Config:
+    """The configuration in ``path`` with ``key=value`` words over it, checked for ``world_size`` ranks.
+
+    Raises ValueError that names the key, what was found and the nearest valid name or value.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    merged = OmegaConf.structured(Config)
+    for origin, part in [(str(path), _read_yaml(Path(path)))] + [(word, _read_word(word)) for word in overrides]:
+        _refuse_unknown(part, origin)
+        try:
+            merged = OmegaConf.merge(merged, part)
+        except OmegaConfBaseException as error:
+            raise ValueError(_type_message(error, origin)) from None
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    check(config, world_size)
+    return config
+
+
+def _read_yaml(path: Path) -> Any:
+    from omegaconf import DictConfig, OmegaConf
+
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        raise ValueError(f"No configuration file {path}." + (f" Did you mean {path.parent / near[0]}?" if near else ""))
+    loaded = _parse(lambda: OmegaConf.load(path), str(path))
+    if not isinstance(loaded, DictConfig):
+        raise ValueError(f"{path} must hold keys and values, found a list. See --help for the keys.")
+    return loaded
+
+
+def _read_word(word: str) -> Any:
+    from omegaconf import OmegaConf
+
+    name, equals, _ = word.partition("=")
+    if not equals or not name or word.startswith("-"):
+        raise ValueError(f"Cannot read {word!r}. Overrides are written key=value, for example train.steps=100.")
+    return _parse(lambda: OmegaConf.from_dotlist([word]), repr(word))
+
+
+def _parse(load: Callable[[], Any], origin: str) -> Any:
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    try:
+        return load()
+    except (YAMLError, ValueError, OSError) as error:
+        raise ValueError(f"{origin} is not readable as YAML: {error}") from None
+
+
+def _refuse_unknown(part: Any, origin: str) -> None:
+    sections = {name: value for name, value in vars(Config()).items() if is_dataclass(value)}
+    known = [name for name, _, _ in describe()]
+    for name in part:
+        if name not in sections and name not in known:
+            raise ValueError(_unknown_message(str(name), origin, known + list(sections)))
+        if name not in sections:
+            continue
+        if not hasattr(part[name], "keys"):
+            raise ValueError(
+                f"{origin}: {name} is a section, found {part[name]!r}. Set its keys, for example {_first(known, name)}."
+            )
+        for inner in part[name]:
+            if f"{name}.{inner}" not in known:
+                raise ValueError(_unknown_message(f"{name}.{inner}", origin, known))
+
+
+def _first(known: list[str], section: str) -> str:
+    return next(name for name in known if name.startswith(section + "."))
+
+
+def _unknown_message(name: str, origin: str, known: list[str]) -> str:
+    # The same last word in another section beats a similar spelling: 'model.steps' means 'train.steps'.
+    tail = name.rpartition(".")[2]
+    near = [k for k in known if k.rpartition(".")[2] == tail] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not near:
+        tails = {k.rpartition(".")[2]: k for k in known}
+        near = [tails[t] for t in difflib.get_close_matches(tail, tails, n=1)]
+    return f"Unknown key {name!r} in {origin}." + (f" Did you mean {near[0]!r}?" if near else " See --help for the keys.")
+
+
+def _type_message(error: Any, origin: str) -> str:
+    name = getattr(error, "full_key", None) or "?"
+    known = {k: default for k, default, _ in describe()}
+    wanted = type(known[name]).__name__ if name in known else "another type"
+    reason = str(error).splitlines()[0]
+    return f"{origin}: {name} must be of type {wanted}. {reason}."
+
+
+# Checks. Each function looks at one section and returns nothing or raises.
+
+
+def check(config: Config, world_size: int) -> None:
+    """Refuses combinations that cannot run on ``world_size`` ranks."""
+    check_model(config.model)
+    check_data(config.data)
+    check_train(config.train)
+    check_parallel(config, world_size)
+    _at_least("checkpoint.every", config.checkpoint.every, 0)
+    _at_least("checkpoint.keep", config.checkpoint.keep, 1)
+    if not config.out:
+        raise ValueError("out is empty: name a folder for checkpoints, metrics and the plot, for example out=runs/first.")
+
+
+def check_model(model: ModelConfig) -> None:
+    for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "hidden_dim"):
+        _at_least(f"model.{name}", getattr(model, name), 1)
+    _one_of("model.dtype", model.dtype, DTYPES)
+    if model.heads % model.kv_heads:
+        fitting = [n for n in range(1, model.heads + 1) if model.heads % n == 0]
+        near = min(fitting, key=lambda n: abs(n - model.kv_heads))
+        raise ValueError(
+            f"{model.heads} query heads cannot share {model.kv_heads} key heads: model.heads must be a multiple of "
+            f"model.kv_heads. The nearest that fits is model.kv_heads={near}."
+        )
+    if model.head_dim == 0 and model.dim % model.heads:
+        raise ValueError(
+            f"model.dim={model.dim} is not divisible by model.heads={model.heads}. Change one of them, or set model.head_dim."
+        )
+    if model.head_width % 2 or model.head_width < 2:
+        raise ValueError(f"A head is {model.head_width} wide; rotary positions turn pairs, so the width must be even.")
+    if model.rope_theta <= 0 or model.norm_eps < 0:
+        raise ValueError(
+            f"model.rope_theta={model.rope_theta} must be positive and model.norm_eps={model.norm_eps} not negative."
+        )
+
+
+def check_data(data: DataConfig) -> None:
+    _at_least("data.sequence_length", data.sequence_length, 2)
+    if not data.path:
+        raise ValueError("data.path is empty: name a folder made by prepare, or a new one together with data.source=stdlib.")
+    if not 0 <= data.held_out < 1:
+        raise ValueError(f"data.held_out={data.held_out} is a part of the documents: 0 or more, and less than 1.")
+
+
+def check_train(train: TrainConfig) -> None:
+    for name in ("steps", "sequences_per_step", "log_every"):
+        _at_least(f"train.{name}", getattr(train, name), 1)
+    for name in ("warmup_steps", "eval_every", "eval_sequences", "loss_rows", "learning_rate", "weight_decay", "clip_norm"):
+        _at_least(f"train.{name}", getattr(train, name), 0)
+    _one_of("train.device", train.device, DEVICES)
+    if train.warmup_steps > train.steps:
+        raise ValueError(
+            f"train.warmup_steps={train.warmup_steps} is longer than train.steps={train.steps}: the highest learning rate would "
+            f"never be reached. Use train.warmup_steps={max(1, train.steps // 10)} or more steps."
+        )
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(train, name) < 1:
+            raise ValueError(f"train.{name}={getattr(train, name)} must be at least 0 and less than 1.")
+    if not 0 <= train.final_learning_rate <= 1:
+        raise ValueError(
+            f"train.final_learning_rate={train.final_learning_rate} is a part of train.learning_rate: between 0 and 1."
+        )
+
+
+def check_parallel(config: Config, world_size: int) -> None:
+    parallel = config.parallel
+    _one_of("parallel.schedule", parallel.schedule, SCHEDULES)
+    _one_of("parallel.checkpointing", parallel.checkpointing, CHECKPOINTING)
+    _one_of("parallel.gather_dtype", parallel.gather_dtype, ("", *DTYPES))
+    _at_least("parallel.dp", parallel.dp, 1)
+    _at_least("parallel.cp", parallel.cp, 0)
+    if parallel.timeout <= 0:
+        raise ValueError(f"parallel.timeout={parallel.timeout} must be positive: seconds a rank waits for another.")
+    if world_size % parallel.dp:
+        raise ValueError(f"{world_size} ranks cannot be split into parallel.dp={parallel.dp} groups of one size.")
+    cp = context_ranks(config, world_size)
+    if cp * parallel.dp != world_size:
+        raise ValueError(
+            f"parallel.dp={parallel.dp} times parallel.cp={cp} is {parallel.dp * cp}, but the run has {world_size} ranks. "
+            f"Use parallel.cp={max(1, world_size // parallel.dp)}, or start {parallel.dp * cp} processes."
+        )
+    if config.train.sequences_per_step % parallel.dp:
+        raise ValueError(
+            f"train.sequences_per_step={config.train.sequences_per_step} is not divisible by parallel.dp={parallel.dp}: every "
+            f"group takes the same number of sequences. Use train.sequences_per_step={parallel.dp}."
+        )
+    if config.data.sequence_length < cp:
+        raise ValueError(
+            f"data.sequence_length={config.data.sequence_length} tokens cannot be spread over {cp} ranks. Use longer sequences."
+        )
+
+
+def context_ranks(config: Config, world_size: int) -> int:
+    """How many ranks share one sequence."""
+    return config.parallel.cp or max(1, world_size // config.parallel.dp)
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ValueError(f"{name}={value} must be at least {least}.")
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1, cutoff=0.3)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(repr(c) for c in choices)}.{hint}")
