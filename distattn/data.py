@@ -1,0 +1,251 @@
+"""Token files with document boundaries, and packed sequences read from them.
+
+A token file is a folder::
+
+    tokens.bin      all documents one after another: uint8, uint16 or uint32, little endian
+    documents.bin   int64 boundaries: document d is tokens[boundary[d] : boundary[d + 1]]
+    meta.json       dtype, counts, vocabulary, tokenizer, checksums
+
+A packed sequence is N tokens of an endless stream: the documents in a seeded order, each epoch in another. A document
+that the end of a sequence cuts goes on in the next sequence as a document of its own. Every rank computes the same
+sequence from its number alone and reads only the rows that it holds, so the position in the data is one integer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distattn.loss import IGNORED
+
+FORMAT = 1
+
+
+def write_tokens(path: str | Path, documents: Iterable[np.ndarray], vocab_size: int, tokenizer: str) -> dict[str, Any]:
+    """Writes a token file; ``path`` appears only when it is whole. Returns its meta.
+
+    documents are integer arrays; empty ones are left out. Raises ValueError where there is not one token, or where a
+    token is not in the vocabulary.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial.mkdir(parents=True)
+    try:
+        meta = _write_folder(partial, documents, vocab_size, tokenizer)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return meta
+
+
+def _write_folder(folder: Path, documents: Iterable[np.ndarray], vocab_size: int, tokenizer: str) -> dict[str, Any]:
+    dtype = "uint8" if vocab_size <= 1 << 8 else "uint16" if vocab_size <= 1 << 16 else "uint32"
+    boundaries, checksum = [0], 0
+    with open(folder / "tokens.bin", "wb") as file:
+        for number, document in enumerate(documents):
+            if not len(document):
+                continue
+            if document.min() < 0 or document.max() >= vocab_size:
+                raise ValueError(f"Document {number} holds token {document.max()}, but the vocabulary has {vocab_size}.")
+            raw = document.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+            checksum = zlib.crc32(raw, checksum)
+            file.write(raw)
+            boundaries.append(boundaries[-1] + len(document))
+        if boundaries[-1] == 0:
+            raise ValueError("There is no token in any document: nothing was written. Name files with text in them.")
+        _sync(file)
+    raw = np.array(boundaries, "<i8").tobytes()
+    with open(folder / "documents.bin", "wb") as file:
+        file.write(raw)
+        _sync(file)
+    meta = {
+        "format": FORMAT,
+        "dtype": dtype,
+        "vocab_size": vocab_size,
+        "tokenizer": tokenizer,
+        "tokens": boundaries[-1],
+        "documents": len(boundaries) - 1,
+        "tokens_crc32": checksum,
+        "documents_crc32": zlib.crc32(raw),
+    }
+    with open(folder / "meta.json", "w", encoding="utf-8") as file:
+        json.dump(meta, file, indent=1)
+        _sync(file)
+    return meta
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    path: Path
+    meta: dict[str, Any]
+    tokens: np.ndarray
+    """uint8, uint16 or uint32 [tokens], mapped from the file."""
+    boundaries: np.ndarray
+    """int64 [documents + 1]"""
+
+    @property
+    def unit(self) -> str:
+        """What a token is called in messages."""
+        return "byte" if self.meta["tokenizer"] == "byte" else "token"
+
+
+def open_tokens(path: str | Path, verify: bool = True) -> TokenFile:
+    """Opens a token file. Sizes and boundaries are always checked; ``verify`` reads all tokens for their checksum.
+
+    Raises ValueError where the folder is missing, incomplete, truncated or altered.
+    """
+    path = Path(path)
+    missing = [name for name in ("meta.json", "documents.bin", "tokens.bin") if not (path / name).is_file()]
+    if missing:
+        raise ValueError(f"{path} is not a token file: {', '.join(missing)} missing. Make one with launch/prepare.py.")
+    meta = _read_meta(path)
+    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+    for name, expected in (("tokens.bin", meta["tokens"] * dtype.itemsize), ("documents.bin", 8 * (meta["documents"] + 1))):
+        found = (path / name).stat().st_size
+        if found != expected:
+            raise ValueError(_damaged(path / name, f"{expected} bytes were written, {found} are there"))
+    raw = (path / "documents.bin").read_bytes()
+    if zlib.crc32(raw) != meta["documents_crc32"]:
+        raise ValueError(_damaged(path / "documents.bin", "its checksum differs from the one in meta.json"))
+    tokens = np.memmap(path / "tokens.bin", dtype, mode="r")
+    if verify and _checksum(tokens) != meta["tokens_crc32"]:
+        raise ValueError(_damaged(path / "tokens.bin", "its checksum differs from the one in meta.json"))
+    return TokenFile(path, meta, tokens, np.frombuffer(raw, "<i8"))
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        wanted = ("format", "dtype", "vocab_size", "tokenizer", "tokens", "documents", "tokens_crc32", "documents_crc32")
+        absent = [name for name in wanted if name not in meta]
+    except (ValueError, TypeError) as error:
+        raise ValueError(_damaged(path / "meta.json", f"it is not readable: {error}")) from None
+    if absent:
+        raise ValueError(_damaged(path / "meta.json", f"{', '.join(absent)} missing"))
+    if meta["format"] != FORMAT:
+        raise ValueError(f"{path} has format {meta['format']}, this version reads format {FORMAT}. Prepare it again.")
+    return meta
+
+
+def _damaged(file: Path, why: str) -> str:
+    return f"{file} is damaged: {why}. Remove {file.parent} and prepare it again."
+
+
+def _checksum(tokens: np.ndarray, block: int = 1 << 24) -> int:
+    checksum = 0
+    for start in range(0, len(tokens), block):
+        checksum = zlib.crc32(tokens[start : start + block].tobytes(), checksum)
+    return checksum
+
+
+def scatter(numbers: np.ndarray, seed: int) -> np.ndarray:
+    """uint64 that look random, from integers and a seed (splitmix64): the same on every machine and numpy for ever."""
+    with np.errstate(over="ignore"):
+        x = numbers.astype(np.uint64) + np.uint64(seed * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15 & (1 << 64) - 1)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def split(documents: int, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the documents to train on and of those held out, each sorted. At least one is held out if any part is."""
+    order = np.argsort(scatter(np.arange(documents), seed), kind="stable")
+    count = 0 if held_out == 0 or documents < 2 else min(documents - 1, max(1, round(held_out * documents)))
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+class Rows(NamedTuple):
+    """Some rows of a packed sequence, int64 [n] each."""
+
+    tokens: Tensor
+    labels: Tensor
+    """the next token of the same document; -100 at a document's last and in padding"""
+    positions: Tensor
+    """within the document"""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One packed sequence; nothing of it is read before ``rows`` asks."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    """int64 [documents]: where each document (or part of one) begins in ``tokens``"""
+    lengths: np.ndarray
+    """int64 [documents]: they add up to the length of the sequence"""
+
+    @property
+    def labels(self) -> int:
+        """How many rows have a label: all but the last of each document."""
+        return int((self.lengths - 1).sum())
+
+    def rows(self, positions: np.ndarray) -> Rows:
+        """The rows at these places of the sequence, in this order. Places past the end are padding."""
+        positions = np.asarray(positions, np.int64)
+        ends = np.cumsum(self.lengths)
+        document = np.searchsorted(ends, positions, side="right")
+        padding = document == len(ends)
+        document = np.where(padding, 0, document)
+        inside = positions - (ends - self.lengths)[document]
+        last = inside + 1 == self.lengths[document]
+        place = np.where(padding, 0, self.offsets[document] + inside)
+        tokens = np.where(padding, 0, self.tokens[place].astype(np.int64))
+        labels = np.where(padding | last, IGNORED, self.tokens[np.where(padding | last, 0, place + 1)].astype(np.int64))
+        return Rows(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(np.where(padding, 0, inside)))
+
+
+class Packer:
+    """Sequence number i of an endless stream over ``documents`` of a token file; any i, in any order."""
+
+    def __init__(self, file: TokenFile, documents: np.ndarray, length: int, seed: int) -> None:
+        if not len(documents):
+            raise ValueError(f"{file.path} leaves no document to read. Add documents or change data.held_out.")
+        self.file, self.documents, self.length, self.seed = file, documents, length, seed
+        self.epoch_tokens = int((file.boundaries[documents + 1] - file.boundaries[documents]).sum())
+        self._cached: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def identity(self) -> dict[str, int]:
+        """What the numbering of sequences depends on. A checkpoint keeps it, resume compares it."""
+        listed = zlib.crc32(np.ascontiguousarray(self.documents, "<i8").tobytes())
+        meta = self.file.meta
+        return {"tokens_crc32": meta["tokens_crc32"], "documents_crc32": listed, "length": self.length, "seed": self.seed}
+
+    def sequence(self, number: int) -> Sequence:
+        """Tokens [number * length, (number + 1) * length) of the stream."""
+        offsets, lengths = [], []
+        place, missing = number * self.length, self.length
+        while missing:
+            epoch, begin = divmod(place, self.epoch_tokens)
+            end = min(begin + missing, self.epoch_tokens)
+            origins, bounds = self._epoch(epoch)
+            touched = slice(np.searchsorted(bounds, begin, side="right") - 1, np.searchsorted(bounds, end, side="left"))
+            starts = np.maximum(bounds[:-1][touched], begin)
+            offsets.append(origins[touched] + starts - bounds[:-1][touched])
+            lengths.append(np.minimum(bounds[1:][touched], end) - starts)
+            place, missing = place + end - begin, missing - (end - begin)
+        return Sequence(self.file.tokens, np.concatenate(offsets), np.concatenate(lengths))
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """In the order of this epoch: where each document begins in the file, and the bounds of all in the epoch."""
+        if self._cached is None or self._cached[0] != epoch:
+            order = self.documents[np.argsort(scatter(self.documents, self.seed + 1 + epoch), kind="stable")]
+            sizes = self.file.boundaries[order + 1] - self.file.boundaries[order]
+            self._cached = (epoch, self.file.boundaries[order], np.concatenate(([0], np.cumsum(sizes))))
+        return self._cached[1:]
