@@ -1,0 +1,231 @@
+"""The training loop: which sequences, one optimizer step, what is written down and when."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+import distattn
+from distattn.checkpoint import Checkpoints, read_progress
+from distattn.config import Config, TrainConfig
+from distattn.data import Packer, open_tokens, split
+from distattn.metrics import Metrics, Pace, peak_memory, plot, progress_line
+from distattn.model import Decoder
+from distattn.parallelize import World, attend_with, context_parallel, parallelize
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run leaves."""
+
+    loss: float | None
+    """held-out, nats a token; None where nothing is held out"""
+    plot: Path
+    checkpoint: Path
+    metrics: Path
+
+
+class Trainer:
+    """One run. Every rank makes one and calls :meth:`train`."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world = config, world
+        self.out = Path(config.out)
+        self.step, self.next_sequence = 0, 0
+        self.packer, self.held_out = make_packers(config)
+        self.cp = context_parallel(config, world)
+        self.model = parallelize(config, world)
+        self.optimizer = make_optimizer(self.model, config.train)
+        self.checkpoints = Checkpoints(self.out / "checkpoints", config.checkpoint.keep)
+        self.saved = self._resume()
+        self.metrics = Metrics(self.out, self.step, config.train.tensorboard) if world.rank == 0 else None
+        self.pace = Pace(self.step)
+
+    def train(self) -> Result:
+        """Takes the steps that are left, then evaluates, saves and draws."""
+        train, every = self.config.train, self.config.checkpoint.every
+        if self.step >= train.steps:
+            self.say(f"{self.out} already holds a run of {self.step} steps. Set another out= to train a new one.")
+        held_out_loss = None
+        while self.step < train.steps:
+            loss, norm = self.take_step()
+            last = self.step == train.steps
+            if last or self.step % train.log_every == 0:
+                self._report(loss, norm)
+            with self.pace.paused():
+                if last or (train.eval_every and self.step % train.eval_every == 0):
+                    held_out_loss = self._report_evaluation()
+                if last or (every and self.step % every == 0):
+                    self._save()
+        return self._finish(held_out_loss)
+
+    def take_step(self) -> tuple[Tensor, Tensor]:
+        """One optimizer step. Returns the loss (mean over all labels of the step) and the norm of the gradient."""
+        train, world = self.config.train, self.world
+        numbers = range(self.next_sequence, self.next_sequence + train.sequences_per_step)
+        labels = max(1, sum(self.packer.sequence(number).labels for number in numbers))
+        total = torch.zeros((), dtype=torch.float64, device=world.device)
+        for number in numbers[world.dp_rank :: world.dp]:
+            loss = self.loss_sum(self.packer, number)
+            # FSDP averages gradients over all ranks; what is wanted is their sum.
+            (loss * (world.size / labels)).backward()
+            total += loss.detach()
+        norm = clip(self.model, train.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, train)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step, self.next_sequence = self.step + 1, numbers.stop
+        return world.sum(total) / labels, norm
+
+    def loss_sum(self, packer: Packer, number: int) -> Tensor:
+        """Sum of the cross entropies of this rank's rows of a packed sequence. All ranks call this at the same time."""
+        sequence = packer.sequence(number)
+        plan = self.cp.plan(distattn.documents(sequence.lengths.tolist()))
+        rows = sequence.rows(plan.layout.positions(self.cp.rank))
+        tokens, labels, positions = (part.to(self.world.device) for part in rows)
+        with self._autocast():
+            return self.model(tokens, positions, attend_with(self.cp, plan), labels)
+
+    @torch.no_grad()
+    def evaluate(self) -> float | None:
+        """Mean loss over held-out sequences, the same ones every time; None where nothing is held out."""
+        count, world = self.config.train.eval_sequences, self.world
+        if self.held_out is None or count == 0:
+            return None
+        total = torch.zeros((), dtype=torch.float64, device=world.device)
+        for first in range(0, count, world.dp):
+            number = first + world.dp_rank
+            loss = self.loss_sum(self.held_out, number)  # also past the last: FSDP's collectives need every rank
+            total += loss if number < count else 0
+        labels = max(1, sum(self.held_out.sequence(number).labels for number in range(count)))
+        return world.sum(total).item() / labels
+
+    def say(self, text: str) -> None:
+        if self.world.rank == 0:
+            print(text, flush=True)
+
+    def _resume(self) -> Path | None:
+        path, passed = self.checkpoints.newest()
+        for line in passed:
+            self.say(line)
+        if path is None and not passed:
+            return None
+        if not self.config.checkpoint.resume:
+            raise ValueError(
+                f"{self.out} holds checkpoints of another run. Set another out=, or checkpoint.resume=true to go on."
+            )
+        if path is None:
+            raise ValueError(
+                f"No checkpoint in {self.checkpoints.folder} is whole. Set another out= to start from the beginning."
+            )
+        progress = read_progress(path)
+        refuse_other_run(path, "model", progress["model"], asdict(self.config.model))
+        refuse_other_run(path, "data", progress["data"], self.packer.identity())
+        self.checkpoints.load(path, self.model, self.optimizer)
+        self.step, self.next_sequence = progress["step"], progress["next_sequence"]
+        self.say(f"resumed at step {self.step} from {path}")
+        return path
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.world.device.type == "cuda" and self.config.train.autocast:
+            return torch.autocast("cuda", torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _report(self, loss: Tensor, norm: Tensor) -> None:
+        value, train = loss.item(), self.config.train
+        if not math.isfinite(value):
+            raise FloatingPointError(f"The loss of step {self.step} is {value}. Lower train.learning_rate or train.clip_norm.")
+        steps, seconds = self.pace.lap(self.step)
+        values = {
+            "loss": value,
+            "gradient_norm": norm.item(),
+            "learning_rate": learning_rate(self.step - 1, train),
+            "tokens_per_second": steps * train.sequences_per_step * self.config.data.sequence_length / seconds,
+            "memory_bytes": peak_memory(self.world.device),
+            "seconds": seconds,
+        }
+        self.say(progress_line(self.step, train.steps, values, self.pace.seconds_a_step * (train.steps - self.step)))
+        if self.metrics:
+            self.metrics.write(self.step, values)
+
+    def _report_evaluation(self) -> float | None:
+        loss = self.evaluate()
+        if loss is not None:
+            self.say(f"step {self.step}/{self.config.train.steps}  held-out loss {loss:.4f} nats a {self.packer.file.unit}")
+            if self.metrics:
+                self.metrics.write(self.step, {"eval_loss": loss})
+        return loss
+
+    def _save(self) -> None:
+        progress = {
+            "step": self.step,
+            "next_sequence": self.next_sequence,
+            "data": self.packer.identity(),
+            "model": asdict(self.config.model),
+        }
+        self.saved = self.checkpoints.save(self.model, self.optimizer, progress)
+
+    def _finish(self, held_out_loss: float | None) -> Result:
+        assert self.saved is not None, "a run without steps has resumed from a checkpoint, any other has just saved one"
+        result = Result(held_out_loss, self.out / "loss.png", self.saved, self.out / "metrics.jsonl")
+        if self.world.rank == 0:
+            runs: dict[str, str | Path] = {self.out.name: result.metrics}
+            if self.config.compare:
+                runs[Path(self.config.compare).parent.name] = self.config.compare
+            plot(runs, result.plot, self.packer.file.unit)
+        self.say(f"plot        {result.plot}\nmetrics     {result.metrics}\ncheckpoint  {result.checkpoint}")
+        return result
+
+
+def make_packers(config: Config) -> tuple[Packer, Packer | None]:
+    """Sequences to train on, and held-out ones (None where nothing is held out)."""
+    data = config.data
+    file = open_tokens(data.path, verify=False)  # launch/train.py has verified it, once a machine
+    if file.meta["vocab_size"] > config.model.vocab_size:
+        raise ValueError(
+            f"{file.path} was made with {file.meta['vocab_size']} tokens, but model.vocab_size={config.model.vocab_size}. "
+            f"Use model.vocab_size={file.meta['vocab_size']} or more."
+        )
+    training, held_out = split(file.meta["documents"], data.held_out, data.seed)
+    packer = Packer(file, training, data.sequence_length, data.seed)
+    return packer, Packer(file, held_out, data.sequence_length, data.seed) if len(held_out) else None
+
+
+def make_optimizer(model: Decoder, train: TrainConfig) -> torch.optim.Optimizer:
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=(train.beta1, train.beta2), eps=train.epsilon)
+
+
+def learning_rate(step: int, train: TrainConfig) -> float:
+    """Of the step that comes after ``step`` steps: a line up, then half a cosine down."""
+    if step < train.warmup_steps:
+        return train.learning_rate * (step + 1) / train.warmup_steps
+    done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    low = train.final_learning_rate
+    return train.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def clip(model: Decoder, longest: float) -> Tensor:
+    """Shortens the gradient of the whole model to ``longest`` (0: leaves it). Returns its norm before that."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), longest or math.inf)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def refuse_other_run(path: Path, what: str, saved: dict[str, Any], found: dict[str, Any]) -> None:
+    """A checkpoint goes on with the model and the data that it was made with."""
+    for name in saved.keys() | found.keys():
+        if saved.get(name) != found.get(name):
+            raise ValueError(
+                f"{path} was made with {what}: {name}={saved.get(name)}, this run has {found.get(name)}. "
+                "Set it back, or set another out= to start a new run."
+            )
