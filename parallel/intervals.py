@@ -88,12 +88,16 @@ def groups(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Numbers equal tuples of the columns: (group number of each row, index of the first row of each group), in sorted order."""
     if not len(columns[0]):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    order = np.lexsort(columns[::-1])
-    new = np.zeros(len(order), dtype=bool)
-    for column in columns:
-        ordered = column[order]
-        new[1:] |= ordered[1:] != ordered[:-1]
+    key, size = np.zeros(len(columns[0]), dtype=np.int64), 1
+    for column in columns:  # one key to sort by is several times faster than a lexicographic sort
+        low, span = int(column.min()), int(column.max()) - int(column.min()) + 1
+        size *= span
+        assert size < 1 << 62, "too many different tuples to number"
+        key = key * span + (column - low)
+    order = np.argsort(key, kind="stable")
+    ordered = key[order]
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = ordered[1:] != ordered[:-1]
     number = np.empty(len(order), dtype=np.int64)
-    number[order] = np.cumsum(new)
-    new[0] = True
+    number[order] = np.cumsum(new) - 1
     return number, order[new]

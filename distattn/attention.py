@@ -1,0 +1,250 @@
+"""ContextParallel: attention over one sequence that is sharded over the ranks of a group."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+import distattn
+from distattn.ops import HANDLES, Kernels, Session
+from distattn.ops import attention as attention_op
+from distattn.parallel.comm import Communicator, SoloCommunicator
+from distattn.parallel.executor import Executor
+from distattn.parallel.layout import Layout
+from distattn.parallel.mask import Mask
+from distattn.parallel.rank_plan import RankPlan, make_rank_plan
+from distattn.parallel.schedules import SCHEDULES
+from distattn.parallel.transpose import Keep
+from distattn.sharding import Batch, LocalRows, Shard, Unshard, local_batch
+
+Format = Literal["thd", "bshd", "sbhd"]
+
+UNSUPPORTED = {
+    "dropout_p": "attention dropout cannot be reproduced across schedules; apply dropout outside of attention",
+    "dropout": "attention dropout cannot be reproduced across schedules; apply dropout outside of attention",
+    "attn_mask": "dense masks do not scale; make a mask of bands (distattn.causal, documents, sliding_window, union, ...)",
+    "bias": "additive biases are not supported",
+    "alibi_slopes": "ALiBi is not supported",
+    "is_causal": "the mask is the plan's; make it with cp.plan(distattn.causal(n))",
+    "causal": "the mask is the plan's; make it with cp.plan(distattn.causal(n))",
+    "window_size": "the window is the plan's; make it with cp.plan(distattn.sliding_window(n, window))",
+    "cu_seqlens": "documents are the plan's; make it with cp.plan(distattn.documents(lengths))",
+    "enable_gqa": "fewer key heads than query heads need no switch; pass them as they are",
+}
+
+
+@dataclass(eq=False)
+class AttentionPlan:
+    """What :meth:`ContextParallel.plan` returns: hand it to the other methods. ``handle`` names it to the operators."""
+
+    rank_plan: RankPlan
+    local: LocalRows
+    handle: int
+    rows: int  # of this rank
+
+    @property
+    def mask(self) -> Mask:
+        return self.rank_plan.mask
+
+    @property
+    def layout(self) -> Layout:
+        return self.rank_plan.layout
+
+
+class ContextParallel:
+    """Exact attention over a sequence sharded over the ranks of a group.
+
+    Args:
+        group: a 1-D DeviceMesh (``mesh["cp"]``), a process group, or None for a world of one that needs no process group.
+        schedule: "zigzag" (default), "striped" or "ring".
+        backend: "triton", "aten" or "reference" to force a kernel; None takes the best that can take the call.
+        keep: what received keys stay on a rank until the backward pass: "last" (default), "all" or "none".
+        home: dtype in which gradients and partial results travel; None is float32, torch.bfloat16 halves the bytes.
+        pad_to_equal: give every rank the same number of rows; padding rows are hidden by the mask.
+        timeout: seconds after which a peer that does not answer is an error.
+        cached_plans: plans that stay ready, by mask.
+        communicator: a ready connection instead of ``group`` (ranks as threads, say).
+
+    Raises:
+        ValueError: for an unknown schedule or backend, or a mesh of more than one dimension.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | DeviceMesh | None = None,
+        schedule: str = "zigzag",
+        *,
+        backend: str | None = None,
+        keep: Keep = "last",
+        home: torch.dtype | None = None,
+        pad_to_equal: bool = False,
+        timeout: float = 600.0,
+        cached_plans: int = 64,
+        communicator: Communicator | None = None,
+    ):
+        if schedule not in SCHEDULES:
+            raise ValueError(f"There is no schedule {schedule!r}. Schedules are {', '.join(SCHEDULES)}.")
+        if keep not in ("last", "all", "none"):
+            raise ValueError(f"keep must be 'last', 'all' or 'none'. Found {keep!r}.")
+        self.communicator = communicator or _communicator(group, timeout)
+        self.schedule, self.keep, self.home, self.pad_to_equal = schedule, keep, home, pad_to_equal
+        self.cached_plans = cached_plans
+        self._executor = Executor(self.communicator)
+        self._plans: OrderedDict[bytes, AttentionPlan] = OrderedDict()
+        self._kernels = Kernels(backend)
+
+    @property
+    def rank(self) -> int:
+        return self.communicator.rank
+
+    @property
+    def world(self) -> int:
+        return self.communicator.world
+
+    def plan(self, mask: Mask) -> AttentionPlan:
+        """The plan for a mask, cached. All ranks must ask for the same masks in the same order.
+
+        Raises:
+            PlanMismatch: naming the ranks that came with something else.
+        """
+        found = self._plans.get(mask.digest)
+        if found is None:
+            made = make_rank_plan(self.communicator, mask, self.schedule, self.keep, self.pad_to_equal, distattn.__version__)
+            handle = HANDLES.add(Session(made, self._executor, self._kernels, self.home))
+            found = AttentionPlan(made, LocalRows(made.layout, mask, self.rank), handle, made.rows)
+            self._plans[mask.digest] = found
+            while len(self._plans) > self.cached_plans:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(mask.digest)
+        return found
+
+    def shard_batch(self, tokens: Tensor, plan: AttentionPlan) -> Batch:
+        """Local rows of ``tokens`` [N] or [B, N] (the same on every rank), their labels and positions.
+
+        Labels are shifted before sharding; the last token of a document predicts nothing. Positions restart per document.
+        """
+        return local_batch(tokens, plan.local)
+
+    def shard(self, full: Tensor, plan: AttentionPlan, dim: int = 0) -> Tensor:
+        """This rank's rows of a tensor that every rank holds alike. The backward gathers: its gradient is whole everywhere."""
+        return Shard.apply(full, plan.local, self.communicator, dim)
+
+    def unshard(self, local: Tensor, plan: AttentionPlan, dim: int = 0) -> Tensor:
+        """The whole tensor from the rows of all ranks. The backward takes this rank's rows of the gradient, without a sum."""
+        return Unshard.apply(local, plan.local, self.communicator, dim)
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: AttentionPlan,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+        return_lse: bool = False,
+        format: Format | None = None,
+        **unsupported: object,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention of the local queries over the whole sequence.
+
+        Args:
+            q, k, v: local rows: [T, H_q, D], [T, H_kv, D], [T, H_kv, D_v] with H_q a multiple of H_kv; or four dimensions,
+                [B, S, H, D] (``format="bshd"``, the default for four) or [S, B, H, D] (``"sbhd"``), one mask for all of B.
+            scale: of the scores, default ``D ** -0.5``.
+            softcap: ``s = softcap * tanh(s / softcap)``; 0 is none.
+            sinks: [H_q] learnable sink logits; their gradient is of local rows (sum it over the group like any parameter's).
+            return_lse: also return the float32 log of the softmax denominators, [T, H_q] (or [B, S, H], [S, B, H]).
+
+        Returns:
+            out like q with D_v for D, in q's dtype.
+        """
+        for name, value in unsupported.items():
+            if name not in UNSUPPORTED:
+                raise TypeError(f"attention() got an unexpected keyword argument {name!r}")
+            if value not in (None, False, 0.0):
+                raise ValueError(f"attention was asked for {name}={value!r}, which is not supported: {UNSUPPORTED[name]}.")
+        format = format or ("thd" if q.dim() == 3 else "bshd")
+        shape = q.shape
+        q, k, v = (_fold(x, format, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
+        batch = 1 if format == "thd" else shape[0] if format == "bshd" else shape[1]
+        _check(q, k, v, plan, sinks, softcap, batch, self.rank)
+        if sinks is not None:
+            sinks = sinks.repeat(batch) if batch > 1 else sinks
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        out, lse, _ = attention_op(q, k, v, sinks, plan.handle, float(scale), float(softcap))
+        out, lse = _unfold(out, format, batch), _unfold(lse, format, batch)
+        return (out, lse) if return_lse else out
+
+
+def _communicator(group: dist.ProcessGroup | DeviceMesh | None, timeout: float) -> Communicator:
+    if group is None:
+        return SoloCommunicator(timeout=timeout)
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"Need a mesh of one dimension, such as mesh['cp']. Found {group}.")
+        group = group.get_group()
+    from distattn.parallel.comm_process import ProcessCommunicator
+
+    return ProcessCommunicator(group, timeout=timeout)
+
+
+def _fold(x: Tensor, format: str, name: str) -> Tensor:
+    """[T, H, D] as it is; a batch becomes heads: [S, B * H, D], query head b * H_q + h still maps to its own key head."""
+    dims = 3 if format == "thd" else 4
+    if format not in ("thd", "bshd", "sbhd") or x.dim() != dims:
+        raise ValueError(
+            f"format {format!r} needs {name} with {dims} dimensions, found {list(x.shape)}. "
+            "Formats are 'thd' [T, H, D], 'bshd' [B, S, H, D] and 'sbhd' [S, B, H, D]."
+        )
+    if format == "bshd":
+        x = x.transpose(0, 1)
+    x = x if format == "thd" else x.flatten(1, 2)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _unfold(x: Tensor, format: str, batch: int) -> Tensor:
+    if format == "thd":
+        return x
+    x = x.unflatten(1, (batch, x.shape[1] // batch))
+    return x.transpose(0, 1) if format == "bshd" else x
+
+
+def _found(q: Tensor, k: Tensor, v: Tensor, batch: int) -> str:
+    folded = f" (a batch of {batch} folded into the heads)" if batch > 1 else ""
+    return f"Found q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}{folded}"
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, sinks: Tensor | None, softcap: float, batch: int, rank: int
+) -> None:
+    h_q, h_kv = q.shape[1], k.shape[1]
+    if k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
+        raise ValueError(f"k and v must have the same rows and heads, q and k the same head size. {_found(q, k, v, batch)}.")
+    if h_kv == 0 or h_q % h_kv:
+        fits = sorted({n for n in range(1, h_q + 1) if h_q % n == 0}, key=lambda n: abs(n - h_kv))[:2]
+        raise ValueError(
+            f"{h_q} query heads cannot share {h_kv} key heads: query heads must be a multiple of key heads. "
+            f"{_found(q, k, v, batch)}. Use {' or '.join(map(str, sorted(fits)))} key heads, or repeat them yourself."
+        )
+    if q.shape[0] != plan.rows or k.shape[0] != plan.rows:
+        raise ValueError(
+            f"Rank {rank} holds {plan.rows} rows of this plan ({plan.mask!r} on {plan.layout!r}). {_found(q, k, v, batch)}. "
+            "Pass local rows (cp.shard), of q, k and v alike; with four dimensions name the format, 'bshd' or 'sbhd'."
+        )
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"q, k and v must have one floating-point dtype. Found {q.dtype}, {k.dtype}, {v.dtype}.")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device. Found {q.device}, {k.device}, {v.device}.")
+    if sinks is not None and (sinks.dim() != 1 or batch * sinks.shape[0] != h_q or sinks.device != q.device):
+        raise ValueError(
+            f"sinks must be [{h_q // batch}] on {q.device}, one per query head. Found {list(sinks.shape)} on {sinks.device}."
+        )
+    if softcap < 0:
+        raise ValueError(f"softcap must be 0 (none) or positive. Found {softcap}.")

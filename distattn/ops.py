@@ -1,0 +1,164 @@
+"""Sharded attention as PyTorch operators: an integer handle names (plan, this rank's communication).
+
+As custom operators they keep ``torch.compile(fullgraph=True)`` whole, are saved rather than run again by selective
+checkpointing, and have the derived backward plan as their own backward operator.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distattn.kernels import Choice, choose
+from distattn.kernels.contract import Backend, Scores, accumulate_dtype
+from distattn.parallel.executor import Executor
+from distattn.parallel.rank_plan import RankPlan
+from distattn.parallel.shape import Shape
+
+logger = logging.getLogger(__name__)
+
+
+class Kernels:
+    """Which backend runs which kind of call, chosen once per kind and said once to the log."""
+
+    def __init__(self, prefer: str | None = None):
+        self.prefer = prefer
+        self.chosen: dict[str, Choice] = {}
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Backend:
+        kind = f"{q.dtype} on {q.device.type}, head sizes {q.shape[2]} and {v.shape[2]}"
+        if kind not in self.chosen:
+            choice = self.chosen[kind] = choose(q, k, v, scores, self.prefer)
+            logger.info("attention of %s runs on %s%s", kind, choice.backend.name, "".join(f"; not {r}" for r in choice.reasons))
+        return self.chosen[kind].backend
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """What a handle stands for: a plan and the executor of the rank that it was made for."""
+
+    plan: RankPlan
+    executor: Executor
+    kernels: Kernels
+    home: torch.dtype | None
+
+
+class Handles:
+    """Sessions by number. Holds the last ``capacity`` that were used, so what a backward pass needs outlives its caller."""
+
+    def __init__(self, capacity: int = 1024):
+        self._sessions: OrderedDict[int, Session] = OrderedDict()
+        self._numbers = itertools.count(1)
+        self.capacity = capacity
+
+    def add(self, session: Session) -> int:
+        number = next(self._numbers)
+        self._sessions[number] = session
+        while len(self._sessions) > self.capacity:
+            self._sessions.popitem(last=False)
+        return number
+
+    def __getitem__(self, number: int) -> Session:
+        if number not in self._sessions:
+            raise RuntimeError(
+                f"Attention plan {number} is gone: more than {self.capacity} plans were used after it. "
+                "Run the backward pass sooner, or make the plan again."
+            )
+        self._sessions.move_to_end(number)
+        return self._sessions[number]
+
+
+HANDLES = Handles()  # operators see numbers only, so this one table is global
+
+
+def _shape(q: Tensor, k: Tensor, v: Tensor, session: Session) -> Shape:
+    return Shape(q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.dtype, session.home)
+
+
+@torch.library.custom_op("distattn::attention", mutates_args=())
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, handle: int, scale: float, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Local rows in, (out, lse, kept bytes) of local rows out. See :class:`distattn.ContextParallel`."""
+    session = HANDLES[handle]
+    program, _ = session.plan.programs(_shape(q, k, v, session), session.executor.communicator)
+    scores = Scores(scale, softcap)
+    return session.executor.forward(program, session.kernels(q, k, v, scores), q, k, v, scores, sinks)
+
+
+@attention.register_fake
+def _(q, k, v, sinks, handle, scale, softcap):
+    kept = torch.library.get_ctx().new_dynamic_size()
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    return out, q.new_empty(q.shape[0], q.shape[1], dtype=accumulate_dtype(q.dtype)), q.new_empty(kept, dtype=torch.uint8)
+
+
+@torch.library.custom_op("distattn::attention_backward", mutates_args=())
+def attention_backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    handle: int,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and of the sinks (of this rank's rows; empty without sinks)."""
+    session = HANDLES[handle]
+    _, program = session.plan.programs(_shape(q, k, v, session), session.executor.communicator)
+    dtype = program.shape.accumulate
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dout = dout.to(q.dtype)
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    delta = torch.linalg.vecdot(dout.to(dtype), out.to(dtype))
+    if dlse is not None:
+        delta = delta - dlse
+    scores = Scores(scale, softcap)
+    dq, dk, dv = session.executor.backward(program, session.kernels(q, k, v, scores), dout, q, k, v, delta, lse, kept, scores)
+    dsinks = q.new_empty(0)
+    if sinks is not None:  # a sink is a key of score `sink` whose value is 0: ds = p * (0 - delta)
+        p = torch.exp(sinks.to(dtype) - lse.masked_fill(lse == -torch.inf, torch.inf))
+        dsinks = (-p * delta).sum(0).to(sinks.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
+
+
+@attention_backward.register_fake
+def _(dout, dlse, q, k, v, sinks, out, lse, kept, handle, scale, softcap):
+    gradients = (x.new_empty(x.shape) for x in (q, k, v))
+    return *gradients, q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, sinks, ctx.handle, ctx.scale, ctx.softcap = inputs
+    ctx.save_for_backward(q, k, v, sinks, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse, _):
+    q, k, v, sinks, out, lse, kept = ctx.saved_tensors
+    dq, dk, dv, dsinks = attention_backward(dout, dlse, q, k, v, sinks, out, lse, kept, ctx.handle, ctx.scale, ctx.softcap)
+    return dq, dk, dv, None if sinks is None else dsinks, None, None, None
+
+
+attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def save_attention(ctx, op, *args, **kwargs) -> torch.utils.checkpoint.CheckpointPolicy:
+    """A selective checkpointing policy under which attention and its communication run once; all else is recomputed.
+
+    Use: ``checkpoint(f, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, save_attention))``.
+    """
+    policy = torch.utils.checkpoint.CheckpointPolicy
+    return policy.MUST_SAVE if op == torch.ops.distattn.attention.default else policy.PREFER_RECOMPUTE
