@@ -69,8 +69,8 @@ def _out_for_delta(dout: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """(dout, out) [T, H, D_v] with ``rowsum(dout * out) == delta``, all that the op's backward wants of ``out``.
 
     ``out`` is dout * delta / |dout|^2 (the terms of the sum have one sign, so it rounds well), scaled by the largest |dout|
-    on the way: no size of dout or delta over- or underflows. A row of dout that vanishes beside its delta (only lse has a
-    gradient) becomes delta * 2**-60 (2**-200 in float64) in one entry: what that adds to dv is lost in rounding.
+    on the way: only a delta that is nothing beside dout underflows. A row of dout that vanishes beside its delta (only lse
+    has a gradient) becomes delta * 2**-60 (2**-200 in float64) in one entry: what that adds to dv is lost in rounding.
     """
     delta = delta.unsqueeze(-1)
     largest = dout.abs().amax(-1, keepdim=True)
