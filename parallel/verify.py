@@ -180,7 +180,7 @@ def _in_segments(
 
 
 def _inputs_in_time(plan: Plan) -> Iterator[str]:
-    """Every task and every relay finds its rows on its rank by then: own rows, kept rows, or rows awaited at or before it."""
+    """Every task and every relay finds its rows on its rank by then: own rows, kept rows, or rows awaited; nothing comes twice."""
     tasks, t, kept, world = plan.tasks, plan.transfers, plan.kept, plan.world
     t = t[np.isin(t[:, WHAT], (What.Q, What.KV, What.DOUT))]
     uses = [(What.Q, Q_OWNER, Q_START), (What.KV, KV_OWNER, KV_START)]
@@ -202,6 +202,9 @@ def _inputs_in_time(plan: Plan) -> Iterator[str]:
     arrival = np.full(len(first), np.iinfo(np.int64).max)
     brings = kind[piece] < 2
     np.minimum.at(arrival, number[brings], time[piece][brings])
+    for g in np.flatnonzero(np.bincount(number[brings], minlength=len(first)) > 1):
+        i, at = piece[first[g]], first[g]
+        yield f"rank {rank[i]} receives {What(what[i]).name.lower()} {Rows(owner[i], lo[at], hi[at])} more than once"
     for p in np.flatnonzero(~brings & (time[piece] < arrival[number])):
         i = piece[p]
         name, rows = What(what[i]).name.lower(), Rows(owner[i], lo[p], hi[p])
