@@ -47,8 +47,8 @@ class Awaited(NamedTuple):
 class PeerError(RuntimeError):
     """A peer is gone, late, or does not follow the plan.
 
-    `rank` is the rank that raises; `peer` the rank it waited for (None when it is not known, as in a collective); `awaited` what it
-    waited for; `late` the ranks that look dead, failed or behind.
+    `rank` is the rank that raises; `peer` the rank it waited for (None when it is not known); `awaited` what it waited for;
+    `late` the ranks that look dead, failed or behind.
     """
 
     def __init__(

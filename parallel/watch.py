@@ -225,7 +225,8 @@ def describe(records: dict[int, Record], rank: int, late: Sequence[int], first: 
         lines.append(f"First failure ({_age(first)}): {first['text']}")
     peers = [*late, *(peer for peer in sorted(records) if peer not in late)]
     for peer in peers[:LINES]:
-        lines.append(f"  rank {peer}: {_where(records[peer])}" if peer in records else f"  rank {peer}: never heard of")
+        where = _where(records[peer]) if peer in records else "this rank" if peer == rank else "never heard of"
+        lines.append(f"  rank {peer}: {where}")
     if len(peers) > LINES:
         lines.append(f"  and {len(peers) - LINES} more ranks")
     return lines
