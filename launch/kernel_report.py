@@ -1,0 +1,92 @@
+"""What the compiler makes of the portable Triton kernels, without a GPU: registers, spills, shared memory, matrix instructions.
+
+Exits with 1 when a variant spills, does not fit into shared memory, misses wgmma on sm_90, or computes float32 in TF32.
+One variant takes 1 to 10 seconds; triton caches it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from itertools import product
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distattn.kernels.ahead_of_time import Compiled
+
+HEADS = ["64", "128", "192:128", "256"]
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; a head size is D, or D:D_v."""
+    parser = argparse.ArgumentParser(
+        "kernel_report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--target", nargs="+", default=["sm_80", "sm_90"], help="sm_80 sm_86 sm_90 sm_100 gfx942 (default: sm_80 sm_90)"
+    )
+    parser.add_argument("--head", nargs="+", default=HEADS, metavar="D[:D_v]", help=f"head sizes (default: {' '.join(HEADS)})")
+    parser.add_argument("--dtype", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp16", "fp32"])
+    parser.add_argument("--kernel", nargs="+", default=["forward", "key_gradient", "query_gradient"])
+    parser.add_argument("--softcap", action="store_true", help="the variants with a softcap")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    return parser.parse_args(arguments)
+
+
+def as_json(made: Compiled) -> str:
+    """One line: the case, the launch row, the figures, the violations."""
+    fields = dataclasses.asdict(made)
+    case, launch = fields.pop("case"), made.launch._asdict()
+    fields.pop("launch")
+    return json.dumps({**case, **launch, **fields, "violations": made.violations})
+
+
+def as_table(reports: list[Compiled]) -> None:
+    """Prints all figures, violations last and in red."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "target", "kernel", "dtype", "head", "tiles", "warps", "stages", "registers", "spills", "shared", "products", "verdict"
+    )
+    for made in reports:
+        case, launch = made.case, made.launch
+        head = str(case.d) if case.d == case.d_v else f"{case.d}:{case.d_v}"
+        products = f"{made.wgmma} wgmma" if made.wgmma else f"{made.mma} mma" if made.mma else "FMA"
+        verdict = f"[red]{'; '.join(made.violations)}[/red]" if made.violations else "ok"
+        figures = [launch.warps, launch.stages, made.registers, made.spills, made.shared]
+        tiles = f"{launch.block_q}x{launch.block_k}"
+        table.add_row(case.target, case.kind, case.dtype, head, tiles, *map(str, figures), products, verdict)
+    # Wide enough for a verdict when the output is a file.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 when all is well, 1 with a violation, 2 for a mistake in what was asked, which is printed."""
+    asked = parse(arguments)
+    try:
+        from distattn.kernels.ahead_of_time import KERNELS, TARGETS, Case, compile_case
+    except ImportError as error:
+        print(f"error: compiling needs triton, found none ({error}). Install triton on Linux.", file=sys.stderr)
+        return 2
+    for kind, given, known in (("target", asked.target, TARGETS), ("kernel", asked.kernel, KERNELS)):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            print(f"error: {kind} {' '.join(unknown)} is not known. Use {' '.join(known)}.", file=sys.stderr)
+            return 2
+    reports = []
+    for target, kernel, head, dtype in product(asked.target, asked.kernel, asked.head, asked.dtype):
+        d, _, d_v = head.partition(":")
+        made = compile_case(Case(kernel, target, dtype, int(d), int(d_v or d), asked.softcap))
+        reports.append(made)
+        if asked.json:
+            print(as_json(made), flush=True)
+    if not asked.json:
+        as_table(reports)
+    return 1 if any(made.violations for made in reports) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
