@@ -154,9 +154,10 @@ def _read_yaml(path: Path) -> Any:
 def _read_word(word: str) -> Any:
     from omegaconf import OmegaConf
 
-    name, equals, _ = word.partition("=")
+    name, equals, value = word.partition("=")
     if not equals or not name or word.startswith("-"):
         raise ValueError(f"Cannot read {word!r}. Overrides are written key=value, for example train.steps=100.")
+    word = word if value else f"{name}=''"  # nothing is an empty text, not YAML's null
     return _parse(lambda: OmegaConf.from_dotlist([word]), repr(word))
 
 

@@ -40,6 +40,8 @@ class World:
     dp_rank: int
     mesh: DeviceMesh | None
     """[dp, cp]; None without a process group"""
+    flat: DeviceMesh | None
+    """the same ranks along one axis"""
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all ranks, in place."""
@@ -51,10 +53,11 @@ class World:
 def make_world(config: Config, device: torch.device) -> World:
     """Splits the ranks of the default process group (a world of one without) into the mesh of ``config``."""
     if not dist.is_initialized():
-        return World(0, 1, device, 1, 0, None)
+        return World(0, 1, device, 1, 0, None, None)
     size, dp = dist.get_world_size(), config.parallel.dp
     mesh = init_device_mesh(device.type, (dp, context_ranks(config, size)), mesh_dim_names=("dp", "cp"))
-    return World(dist.get_rank(), size, device, dp, mesh.get_local_rank("dp"), mesh)
+    flat = mesh["dp", "cp"]._flatten("ranks")
+    return World(dist.get_rank(), size, device, dp, mesh.get_local_rank("dp"), mesh, flat)
 
 
 def context_parallel(config: Config, world: World) -> ContextParallel:
@@ -114,15 +117,10 @@ def _checkpointed(forward: Callable[..., Tensor], options: dict[str, Any]) -> Ca
 
 def shard(module: nn.Module, parallel: ParallelConfig, world: World) -> None:
     """Leaves 1/ranks of each parameter on this rank's device, not yet in another unit of FSDP."""
-    if world.mesh is None:
+    if world.flat is None:
         module.to(world.device)
         return
     gather = getattr(torch, parallel.gather_dtype) if parallel.gather_dtype else None
     # Inputs are not cast: the cos and sin of the rotary positions would lose their last 16 bits.
     policy = MixedPrecisionPolicy(param_dtype=gather, reduce_dtype=torch.float32 if gather else None, cast_forward_inputs=False)
-    fully_shard(module, mesh=_flat(world.mesh), mp_policy=policy)
-
-
-@functools.cache
-def _flat(mesh: DeviceMesh) -> DeviceMesh:
-    return mesh["dp", "cp"]._flatten("ranks")
+    fully_shard(module, mesh=world.flat, mp_policy=policy)
