@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distattn.config import SCHEDULES, Config, check, describe, load_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text("data:\n  path: somewhere\nmodel:\n  dim: 64\ntrain:\n  steps: 20\n  warmup_steps: 2\n")
+    return path
+
+
+def test_the_file_is_read_and_words_come_after_it(file: Path) -> None:
+    config = load_config(file, ["train.steps=30", "train.learning_rate=1e-3", "model.zero_attention=true"])
+    assert isinstance(config, Config)
+    assert (config.model.dim, config.train.steps, config.train.learning_rate) == (64, 30, 1e-3)
+    assert config.model.zero_attention is True
+    assert config.train.warmup_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("train.stesp=3", "Did you mean 'train.steps'"),
+        ("model.steps=3", "Did you mean 'train.steps'"),
+        ("trian.steps=3", "Did you mean 'train'"),
+        ("data.sequence_lenght=9", "Did you mean 'data.sequence_length'"),
+        ("flux=1", "--help lists the keys|See --help"),
+        ("train.steps=many", "train.steps must be of type int"),
+        ("train.steps=2.5", "train.steps must be of type int"),
+        ("train.autocast=perhaps", "train.autocast must be of type bool"),
+        ("train=3", "train is a section"),
+        ("train.steps", "written key=value"),
+        ("--fast", "written key=value"),
+        ("out=[1", "not readable as YAML"),
+        ("parallel.schedule=zigzga", "Did you mean 'zigzag'"),
+        ("model.dtype=float31", "Did you mean 'float32'"),
+        ("model.kv_heads=3", "model.kv_heads=2"),
+        ("model.dim=66", "not divisible by model.heads=4"),
+        ("model.head_dim=7", "must be even"),
+        ("train.warmup_steps=21", "longer than train.steps=20"),
+        ("train.beta2=1", "less than 1"),
+        ("train.final_learning_rate=2", "between 0 and 1"),
+        ("train.steps=0", "at least 1"),
+        ("data.held_out=1.5", "less than 1"),
+        ("data.path=", "data.path is empty"),
+        ("checkpoint.keep=0", "at least 1"),
+        ("parallel.timeout=0", "positive"),
+        ("out=", "out is empty"),
+    ],
+)
+def test_a_mistake_is_refused_with_what_to_do(file: Path, word: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(file, [word])
+
+
+@pytest.mark.parametrize(
+    ("words", "world_size", "message"),
+    [
+        (["parallel.dp=3"], 4, "4 ranks cannot be split"),
+        (["parallel.cp=2"], 4, "Use parallel.cp=4, or start 2 processes"),
+        (["parallel.dp=2", "train.sequences_per_step=3"], 2, "train.sequences_per_step=2"),
+        (["data.sequence_length=4"], 8, "cannot be spread over 8 ranks"),
+    ],
+)
+def test_what_does_not_fit_the_number_of_ranks_is_refused(file: Path, words: list[str], world_size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(file, words, world_size)
+
+
+def test_a_missing_file_names_the_nearest(file: Path) -> None:
+    with pytest.raises(ValueError, match=r"Did you mean .*run.yaml"):
+        load_config(file.with_name("rum.yaml"))
+
+
+def test_a_file_with_an_unknown_key_is_named(file: Path) -> None:
+    file.write_text(file.read_text() + "paralel:\n  cp: 2\n")
+    with pytest.raises(ValueError, match=r"'paralel' in .*run.yaml. Did you mean 'parallel'"):
+        load_config(file)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_the_files_in_configs_are_valid(path: Path, world_size: int) -> None:
+    load_config(path, [], world_size)
+
+
+def test_every_key_is_explained() -> None:
+    keys = list(describe())
+    assert len({name for name, _, _ in keys}) == len(keys) > 40
+    assert all(doc and not doc.endswith(".") for _, _, doc in keys)
+
+
+def test_the_defaults_are_valid_but_for_the_data() -> None:
+    config = Config()
+    config.data.path = "somewhere"
+    check(config, 1)
+
+
+def test_schedules_are_those_that_there_are() -> None:
+    from distattn.parallel.schedules import SCHEDULES as known
+
+    assert sorted(SCHEDULES) == sorted(known)
