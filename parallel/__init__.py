@@ -1,1 +1,1 @@
-"""Which rank holds which tokens, which rank computes what and when, and what travels: layouts, masks, plans, and what runs them."""
+"""Layouts, masks and plans (who holds, computes and sends what, when), and the executor and carriers that run them."""

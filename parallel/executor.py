@@ -121,9 +121,22 @@ class Executor:
         own: Callable[[What], Sequence[Tensor]],
         compute: Callable[[Launch, Callable[[What, int], Sequence[Tensor]]], None],
     ) -> None:
-        """One pass: boundary by boundary, await, unpack, pack, post, launch."""
+        """One pass. An error is published, so that the peers that wait for this rank name its cause."""
         self.calls += 1
-        bound = self._bind(program, device, kept)
+        try:
+            self._pass(program, self._bind(program, device, kept), own, compute)
+        except BaseException as error:
+            self.communicator.fail(error)
+            raise
+
+    def _pass(
+        self,
+        program: Program,
+        bound: _Bound,
+        own: Callable[[What], Sequence[Tensor]],
+        compute: Callable[[Launch, Callable[[What, int], Sequence[Tensor]]], None],
+    ) -> None:
+        """Boundary by boundary: await, unpack, pack, post, launch."""
         pending = {}
 
         def tensors(what: What, owner: int) -> Sequence[Tensor]:

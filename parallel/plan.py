@@ -182,7 +182,7 @@ def no_kept() -> np.ndarray:
 
 
 def assemble(views: list[Plan]) -> Plan:
-    """One plan from the views of all ranks. Transfers come from their senders; :func:`~distattn.parallel.verify.verify` compares."""
+    """One plan from the views of all ranks; transfers as their senders list them."""
     first = views[0]
     tasks = np.concatenate([v.tasks for v in views])
     order = np.argsort(tasks[:, STAGE], kind="stable")

@@ -220,7 +220,8 @@ def compile_program(plan: Plan, shape: Shape, keep: Iterable[tuple[What, int]] =
         waits[batch.need].append(batch)
     zeros: list[list[Buffer]] = [[] for _ in range(2 * plan.stages + 2)]
     for buffer in buffers.values():
-        if buffer.zero_at is not None:
+        restored_here = forward is not None and buffer.kept  # it comes with the forward pass's contents
+        if buffer.zero_at is not None and not restored_here:
             zeros[buffer.zero_at].append(buffer)
     kept_bytes = 0
     for buffer in buffers.values() if forward is None else ():

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from distattn.kernels.bands import Q0, Q1, areas, clip, localize, shift
-from distattn.parallel.cover import P, Fingerprint
+from distattn.parallel.cover import Fingerprint, P
 from distattn.parallel.intervals import Intervals, cut, expand, groups
 from distattn.parallel.localize import local_bands
 from distattn.parallel.plan import (
@@ -80,7 +80,8 @@ def _malformed(plan: Plan) -> Iterator[str]:
     tasks, t, rows = plan.tasks, plan.transfers, plan.layout.rows_all
     for start, stop, owner in ((Q_START, Q_STOP, Q_OWNER), (KV_START, KV_STOP, KV_OWNER)):
         for i in np.flatnonzero((tasks[:, start] < 0) | (tasks[:, stop] > rows[tasks[:, owner]])):
-            yield f"task {i} of rank {tasks[i, RANK]} works on {Rows(*tasks[i, owner : owner + 3])}, who has {rows[tasks[i, owner]]}"
+            run = Rows(*tasks[i, owner : owner + 3])
+            yield f"task {i} of rank {tasks[i, RANK]} works on {run}, who has {rows[run.owner]}"
     for i in np.flatnonzero((tasks[:, STAGE] < 0) | (tasks[:, STAGE] >= plan.stages)):
         yield f"task {i} of rank {tasks[i, RANK]} is in stage {tasks[i, STAGE]} of {plan.stages}"
     for i in np.flatnonzero((t[:, START] < 0) | (t[:, STOP] > rows[t[:, OWNER]]) | (t[:, START] >= t[:, STOP])):
@@ -180,7 +181,7 @@ def _in_segments(
 
 
 def _inputs_in_time(plan: Plan) -> Iterator[str]:
-    """Every task and every relay finds its rows on its rank by then: own rows, kept rows, or rows awaited; nothing comes twice."""
+    """Every task and every relay finds its rows on its rank by then: own, kept or awaited rows. Nothing comes twice."""
     tasks, t, kept, world = plan.tasks, plan.transfers, plan.kept, plan.world
     t = t[np.isin(t[:, WHAT], (What.Q, What.KV, What.DOUT))]
     uses = [(What.Q, Q_OWNER, Q_START), (What.KV, KV_OWNER, KV_START)]

@@ -20,7 +20,19 @@ from distattn.parallel.mask import Mask
 from distattn.parallel.plan import Plan, What, no_kept
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "document_zigzag", "document_striped")
-MASKS = ("full", "causal", "window", "symmetric", "sinks", "documents", "document_windows", "full_documents", "prefix", "chunked", "union")
+MASKS = (
+    "full",
+    "causal",
+    "window",
+    "symmetric",
+    "sinks",
+    "documents",
+    "document_windows",
+    "full_documents",
+    "prefix",
+    "chunked",
+    "union",
+)
 
 
 def lengths(n: int, rng: random.Random) -> list[int]:
@@ -109,7 +121,9 @@ def tree_plan(layout: Layout, mask: Mask) -> Plan:
         rows = (owner, 0, layout.rows(owner))
         if rows[2] == 0:
             continue
-        needed = {v for v in range(1, world) if len(build.pieces(rows, ((owner + v) % world, 0, layout.rows((owner + v) % world))))}
+        needed = {
+            v for v in range(1, world) if len(build.pieces(rows, ((owner + v) % world, 0, layout.rows((owner + v) % world))))
+        }
         for v in range(world - 1, 0, -1):  # an inner node passes on even what it does not use
             if v in needed:
                 needed |= {v - (1 << (v.bit_length() - 1))} - {0}
