@@ -132,10 +132,16 @@ def test_windows_and_documents_send_almost_nothing():
 def test_buffers_do_not_grow_with_the_ring():
     for world in (2, 8, 64):
         plan = make_plan("striped", masks.causal(32 * world), world)
-        assert statistics(plan, UNIT).peak_buffer_rows.max() == (32 if world == 2 else 64) == (32 if world == 2 else plan.buffer_bound)
+        assert (
+            statistics(plan, UNIT).peak_buffer_rows.max()
+            == (32 if world == 2 else 64)
+            == (32 if world == 2 else plan.buffer_bound)
+        )
 
 
-@pytest.mark.parametrize("kind", ["striped", pytest.param("zigzag", marks=pytest.mark.slow), pytest.param("ring", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["striped", pytest.param("zigzag", marks=pytest.mark.slow), pytest.param("ring", marks=pytest.mark.slow)]
+)
 def test_a_million_tokens_on_512_ranks(kind):
     """Some seconds on an idle machine; the time does not gate the test."""
     plan = make_plan(kind, masks.causal(1 << 20), 512)
