@@ -9,6 +9,7 @@ Inside, tensors are [1, H, T, D] as the op wants them, views of the token-major 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,9 +53,9 @@ def _float_mask(rows: int, keys: int, lo: int, hi: int, dtype: torch.dtype) -> T
     return torch.zeros(rows, keys, dtype=dtype).masked_fill_((distance < lo) | (distance > hi), -torch.inf)
 
 
-def _options(piece: Piece, dtype: torch.dtype, scores: Scores) -> dict[str, object]:
+def _options(piece: Piece, dtype: torch.dtype, scores: Scores) -> dict[str, Any]:
     """Keywords that the op and its backward share."""
-    options = {"dropout_p": 0.0, "is_causal": piece.kind in (CAUSAL, FLIPPED), "scale": scores.scale}
+    options: dict[str, Any] = {"dropout_p": 0.0, "is_causal": piece.kind in (CAUSAL, FLIPPED), "scale": scores.scale}
     if piece.kind == MASKED:
         options["attn_mask"] = _float_mask(piece.q1 - piece.q0, piece.k1 - piece.k0, piece.lo, piece.hi, dtype)
     return options
@@ -63,7 +64,7 @@ def _options(piece: Piece, dtype: torch.dtype, scores: Scores) -> dict[str, obje
 def _attend(piece: Piece, q: Tensor, k: Tensor, v: Tensor, scores: Scores, d_v: int) -> State:
     """The state of one piece alone, heads first. Its rows all see a key: the op's lse 0 of empty rows never shows."""
     rows, keys = (piece.q0, piece.q1, piece), (piece.k0, piece.k1, piece)
-    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
         _cut(q, *rows), _cut(k, *keys), _cut(v, *keys), **_options(piece, q.dtype, scores)
     )
     o = o[..., :d_v] if o.shape[3] > d_v else o
@@ -144,7 +145,8 @@ def _forward_by_pieces(q: Tensor, k: Tensor, v: Tensor, bands: Bands, scores: Sc
     if not resumed and len(work.calls) == 1 and qh.shape[2] == len(q):
         o, lse = _attend(work.calls[0], qh, kh, vh, scores, d_v)
         return State(o[0].transpose(0, 1), lse[0].T)
-    state = state if resumed else empty_state(q, d_v)
+    if state is None:
+        state = empty_state(q, d_v)
     o, lse = (_heads_first(x[work.rows]) for x in state)
     for piece in work.calls:
         part = _attend(piece, qh, kh, vh, scores, d_v)
@@ -180,7 +182,7 @@ def _backward_by_pieces(
     dqh, dkh, dvh = _heads_first(dq[work.rows]), _heads_first(dk[work.keys]), _heads_first(dv[work.keys])
     for piece in work.calls:
         rows, keys = (piece.q0, piece.q1, piece), (piece.k0, piece.k1, piece)
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
             *(_cut(x, *rows) for x in (gh, qh)),
             *(_cut(x, *keys) for x in (kh, vh)),
             *(_cut(x, *rows) for x in (oh, lh)),

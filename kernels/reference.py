@@ -19,7 +19,7 @@ def _heads_first(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
 
 
 def _masked_scores(q: Tensor, k: Tensor, bands: Bands, scores: Scores) -> Tensor:
-    """s [H, T_q, T_k] with -inf where no band looks; q and k heads first. A pair that n bands see counts n times, as in a kernel."""
+    """s [H, T_q, T_k] with -inf where no band looks; q and k heads first. A pair that n bands see counts n times."""
     s = q @ k.transpose(1, 2) * scores.scale
     if scores.softcap:
         s = scores.softcap * torch.tanh(s / scores.softcap)
@@ -30,7 +30,7 @@ def _masked_scores(q: Tensor, k: Tensor, bands: Bands, scores: Scores) -> Tensor
 def attention(
     q: Tensor, k: Tensor, v: Tensor, bands: Bands, scores: Scores, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(out [T_q, H_q, D_v], lse [T_q, H_q]) in the accumulate dtype, differentiable in q, k, v and sinks [H_q] by plain autograd."""
+    """(out [T_q, H_q, D_v], lse [T_q, H_q]) in the accumulate dtype; autograd differentiates it in q, k, v and sinks [H_q]."""
     dtype, heads = accumulate_dtype(q.dtype), q.shape[1]
     s = _masked_scores(_heads_first(q, heads, dtype), _heads_first(k, heads, dtype), bands, scores)
     if sinks is not None:
@@ -81,7 +81,8 @@ class Reference:
         dtype, heads, group = accumulate_dtype(q.dtype), q.shape[1], q.shape[1] // k.shape[1]
         qh, kh, vh, gh = (_heads_first(x, heads, dtype) for x in (q, k, v, dout))
         s = _masked_scores(qh, kh, bands, scores)
-        p = torch.exp(s - lse.T.masked_fill(lse.T == -torch.inf, torch.inf)[..., None])
+        # exp(s - inf) = 0: rows without keys contribute nothing
+        p = torch.exp(s - lse.masked_fill(lse == -torch.inf, torch.inf).T[..., None])
         ds = p * (gh @ vh.transpose(1, 2) - delta.T[..., None])
         if scores.softcap:
             raw = qh @ kh.transpose(1, 2) * scores.scale
