@@ -109,8 +109,11 @@ def torchrun(processes: int, arguments: list[str], log: Path) -> Iterator[subpro
         try:
             yield process
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            if process.poll() is None:
+                process.terminate()  # torchrun ends its ranks, which have sessions of their own
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=40)
+            process.kill()
             process.wait()
 
 

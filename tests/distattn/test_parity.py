@@ -1,0 +1,87 @@
+"""The same run on any number of ranks: the losses of 50 steps on packed documents equal those of one device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from distattn.metrics import read
+from distattn.parallelize import make_world
+from distattn.trainer import Trainer
+from tests.distattn.small_run import small_config, small_tokens
+from tests.workers import Pool
+
+STEPS = 50
+# Sums in another order: float32 rounds each to 6e-8, and training lets the difference grow.
+TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
+
+Changes = dict[str, object]
+
+
+def losses(folder: Path, world_size: int, changes: Changes) -> tuple[list[float], float]:
+    """(training loss of every step, held-out loss after the last)"""
+    config = small_config(
+        folder,
+        world_size,
+        **{
+            "train__steps": STEPS,
+            "train__warmup_steps": 10,
+            "train__learning_rate": 3e-3,
+            "train__sequences_per_step": 2,
+            "train__eval_sequences": 3,
+            "data__sequence_length": 128,
+            **changes,
+        },
+    )
+    result = Trainer(config, make_world(config, torch.device("cpu"))).train()
+    assert result.loss is not None
+    return [row["loss"] for row in read(result.metrics) if "loss" in row], result.loss
+
+
+def losses_of_rank(rank: int, world: int, folder: str, runs: dict[str, Changes]) -> dict[str, tuple[list[float], float]]:
+    return {name: losses(Path(folder), world, {**changes, "out": f"{folder}/{world}-{name}"}) for name, changes in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parity")
+    small_tokens(folder / "tokens", documents=60, longest=200)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, tuple[list[float], float]]:
+    return {dtype: losses(folder, 1, {"model__dtype": dtype, "out": f"{folder}/1-{dtype}"}) for dtype in TOLERANCE}
+
+
+def assert_equal(found: tuple[list[float], float], alone: tuple[list[float], float], tolerance: float) -> None:
+    assert len(found[0]) == STEPS and found[0][-1] < found[0][0] - 1, "nothing was learnt: equal losses would show nothing"
+    assert found[0] == pytest.approx(alone[0], rel=tolerance)
+    assert found[1] == pytest.approx(alone[1], rel=tolerance)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_ring_zigzag_and_striped_are_one_device(folder: Path, alone, gloo: Pool, world: int, dtype: str) -> None:
+    runs: dict[str, Changes] = {
+        f"{schedule}-{dtype}": {"parallel__schedule": schedule, "model__dtype": dtype}
+        for schedule in ("ring", "zigzag", "striped")
+    }
+    for rank in gloo(world).run(losses_of_rank, str(folder), runs, timeout=500):
+        for found in rank.values():
+            assert_equal(found, alone[dtype], TOLERANCE[dtype])
+
+
+def test_data_and_context_axes_together_are_one_device(folder: Path, alone, gloo: Pool) -> None:
+    """Two groups of two ranks, each with sequences of its own; and what is recomputed is not another result."""
+    common: Changes = {"parallel__dp": 2, "model__dtype": "float64"}
+    runs: dict[str, Changes] = {
+        "plain": common,
+        "selective": {**common, "parallel__checkpointing": "selective"},
+        "full": {**common, "parallel__checkpointing": "full"},
+    }
+    for rank in gloo(4).run(losses_of_rank, str(folder), runs, timeout=500):
+        for found in rank.values():
+            assert_equal(found, alone["float64"], TOLERANCE["float64"])
