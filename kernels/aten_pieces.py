@@ -110,7 +110,7 @@ def pieces(bands: Bands) -> Pieces:
     calls = []
     for row in np.column_stack([table[:, :4], local[:, 4:], _kinds(local)]).tolist():
         own = touched[row[0] : row[1]]
-        calls.append(Piece(*row, not own.any()))
+        calls.append(Piece._make([*row, not own.any()]))
         own[:] = True
     return Pieces(slice(first[Q0], last[Q1]), slice(first[K0], last[K1]), tuple(calls))
 
