@@ -37,27 +37,27 @@ def architecture_class(backend: str, capability: int) -> str:
 INTERPRETED = Launch(64, 64, 4, 1)
 
 # Rows by the sum of the padded head sizes D and D_v: registers hold accumulators of both. float32 products run on the plain
-# units, whose operands stay in registers along the whole head: small tiles, the same everywhere.
+# units, the same everywhere; 2 stages keep their operands in shared memory, 1 stage makes them spill by kilobytes.
 WHOLE = {
-    FORWARD: {128: Launch(32, 32, 8, 1), 256: Launch(16, 16, 4, 1), 512: Launch(16, 16, 4, 1)},
-    KEYS: {128: Launch(16, 32, 8, 1), 256: Launch(16, 16, 4, 1), 512: Launch(16, 16, 4, 1)},
-    QUERIES: {128: Launch(32, 16, 4, 1), 256: Launch(16, 16, 4, 1), 512: Launch(16, 16, 4, 1)},
+    FORWARD: {128: Launch(32, 32, 4, 2), 256: Launch(16, 32, 8, 2), 512: Launch(16, 16, 8, 2)},
+    KEYS: {128: Launch(32, 32, 8, 2), 256: Launch(16, 32, 8, 2), 512: Launch(16, 16, 8, 2)},
+    QUERIES: {128: Launch(32, 32, 8, 2), 256: Launch(32, 16, 8, 2), 512: Launch(16, 16, 8, 2)},
 }
 HALF = {
     "sm_80": {
         FORWARD: {128: Launch(128, 128, 8, 2), 256: Launch(128, 64, 8, 2), 512: Launch(64, 32, 8, 2)},
-        KEYS: {128: Launch(64, 64, 8, 2), 256: Launch(64, 64, 8, 2), 512: Launch(32, 32, 8, 1)},
+        KEYS: {128: Launch(32, 64, 4, 2), 256: Launch(64, 64, 8, 2), 512: Launch(32, 32, 8, 1)},
+        QUERIES: {128: Launch(128, 64, 8, 2), 256: Launch(64, 64, 8, 2), 512: Launch(64, 32, 8, 1)},
+    },
+    "sm_86": {
+        FORWARD: {128: Launch(128, 128, 8, 2), 256: Launch(128, 64, 8, 2), 512: Launch(64, 32, 8, 2)},
+        KEYS: {128: Launch(32, 64, 4, 2), 256: Launch(64, 64, 8, 2), 512: Launch(32, 32, 8, 1)},
         QUERIES: {128: Launch(128, 64, 8, 2), 256: Launch(64, 64, 8, 2), 512: Launch(64, 32, 8, 1)},
     },
     "sm_90": {
         FORWARD: {128: Launch(128, 128, 8, 2), 256: Launch(128, 64, 8, 3), 512: Launch(128, 32, 8, 2)},
-        KEYS: {128: Launch(64, 128, 8, 2), 256: Launch(64, 64, 8, 2), 512: Launch(32, 64, 8, 2)},
+        KEYS: {128: Launch(64, 128, 8, 2), 256: Launch(64, 64, 8, 2), 384: Launch(16, 64, 8, 2), 512: Launch(32, 32, 8, 1)},
         QUERIES: {128: Launch(128, 128, 8, 2), 256: Launch(128, 64, 8, 2), 512: Launch(64, 32, 8, 2)},
-    },
-    "sm_86": {
-        FORWARD: {128: Launch(128, 64, 8, 2), 256: Launch(128, 64, 8, 2), 512: Launch(64, 32, 8, 2)},
-        KEYS: {128: Launch(64, 64, 8, 2), 256: Launch(64, 64, 8, 2), 512: Launch(32, 32, 8, 1)},
-        QUERIES: {128: Launch(128, 64, 8, 2), 256: Launch(64, 64, 8, 2), 512: Launch(64, 32, 8, 1)},
     },
     "gfx9": {
         FORWARD: {128: Launch(128, 64, 4, 1), 256: Launch(128, 64, 4, 1), 512: Launch(64, 32, 4, 1)},

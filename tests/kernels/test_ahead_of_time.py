@@ -29,7 +29,7 @@ SHORT = [
     *(Case(kind, "sm_80", "bf16", 128, 128) for kind in KINDS),
     Case(FORWARD, "sm_90", "bf16", 64, 64),
     Case(KEYS, "sm_80", "bf16", 64, 64),
-    Case(FORWARD, "sm_80", "fp32", 128, 128),
+    Case(FORWARD, "sm_80", "fp32", 64, 64),
     Case(KEYS, "sm_90", "fp32", 64, 64),
 ]
 SIZES = [(32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)]
