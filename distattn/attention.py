@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import distattn
+from distattn.kernels import RANKING
 from distattn.ops import HANDLES, Kernels, Session
 from distattn.ops import attention as attention_op
 from distattn.parallel.comm import Communicator, SoloCommunicator
@@ -24,6 +25,7 @@ from distattn.parallel.transpose import Keep
 from distattn.sharding import Batch, LocalRows, Shard, Unshard, local_batch
 
 Format = Literal["thd", "bshd", "sbhd"]
+FORMATS = {"thd": "[T, H, D]", "bshd": "[B, S, H, D]", "sbhd": "[S, B, H, D]"}
 
 UNSUPPORTED = {
     "dropout_p": "attention dropout cannot be reproduced across schedules; apply dropout outside of attention",
@@ -45,6 +47,7 @@ class AttentionPlan:
 
     rank_plan: RankPlan
     local: LocalRows
+    session: Session  # held, so that its handle stays valid as long as this plan does
     handle: int
     rows: int  # of this rank
 
@@ -89,7 +92,11 @@ class ContextParallel:
         communicator: Communicator | None = None,
     ):
         if schedule not in SCHEDULES:
-            raise ValueError(f"There is no schedule {schedule!r}. Schedules are {', '.join(SCHEDULES)}.")
+            raise ValueError(f"There is no schedule {schedule!r}. Use one of {', '.join(SCHEDULES)}.")
+        if backend is not None and backend not in RANKING:
+            raise ValueError(
+                f"There is no backend {backend!r}. Use one of {', '.join(RANKING)}, or None for the fastest that takes the call."
+            )
         if keep not in ("last", "all", "none"):
             raise ValueError(f"keep must be 'last', 'all' or 'none'. Found {keep!r}.")
         self.communicator = communicator or _communicator(group, timeout)
@@ -116,8 +123,8 @@ class ContextParallel:
         found = self._plans.get(mask.digest)
         if found is None:
             made = make_rank_plan(self.communicator, mask, self.schedule, self.keep, self.pad_to_equal, distattn.__version__)
-            handle = HANDLES.add(Session(made, self._executor, self._kernels, self.home))
-            found = AttentionPlan(made, LocalRows(made.layout, mask, self.rank), handle, made.rows)
+            session = Session(made, self._executor, self._kernels, self.home)
+            found = AttentionPlan(made, LocalRows(made.layout, mask, self.rank), session, HANDLES.add(session), made.rows)
             self._plans[mask.digest] = found
             while len(self._plans) > self.cached_plans:
                 self._plans.popitem(last=False)
@@ -168,13 +175,19 @@ class ContextParallel:
         for name, value in unsupported.items():
             if name not in UNSUPPORTED:
                 raise TypeError(f"attention() got an unexpected keyword argument {name!r}")
-            if value not in (None, False, 0.0):
-                raise ValueError(f"attention was asked for {name}={value!r}, which is not supported: {UNSUPPORTED[name]}.")
+            if isinstance(value, Tensor) or value not in (None, False, 0.0):
+                said = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                raise ValueError(f"attention was asked for {name}={said}, which is not supported: {UNSUPPORTED[name]}.")
         format = format or ("thd" if q.dim() == 3 else "bshd")
-        shape = q.shape
-        q, k, v = (_fold(x, format, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
-        batch = 1 if format == "thd" else shape[0] if format == "bshd" else shape[1]
-        _check(q, k, v, plan, sinks, softcap, batch, self.rank)
+        _check(q, k, v, sinks, softcap, format)
+        batch = 1 if format == "thd" else q.shape[0] if format == "bshd" else q.shape[1]
+        found = _found(q, k, v)
+        q, k, v = (_fold(x, format) for x in (q, k, v))
+        if q.shape[0] != plan.rows or k.shape[0] != plan.rows:
+            raise ValueError(
+                f"Rank {self.rank} holds {plan.rows} rows of this plan ({plan.mask!r} on {plan.layout!r}). {found}. "
+                "Pass local rows (cp.shard), of q, k and v alike; with four dimensions name the format, 'bshd' or 'sbhd'."
+            )
         if sinks is not None:
             sinks = sinks.repeat(batch) if batch > 1 else sinks
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -195,14 +208,8 @@ def _communicator(group: dist.ProcessGroup | DeviceMesh | None, timeout: float) 
     return ProcessCommunicator(group, timeout=timeout)
 
 
-def _fold(x: Tensor, format: str, name: str) -> Tensor:
+def _fold(x: Tensor, format: str) -> Tensor:
     """[T, H, D] as it is; a batch becomes heads: [S, B * H, D], query head b * H_q + h still maps to its own key head."""
-    dims = 3 if format == "thd" else 4
-    if format not in ("thd", "bshd", "sbhd") or x.dim() != dims:
-        raise ValueError(
-            f"format {format!r} needs {name} with {dims} dimensions, found {list(x.shape)}. "
-            "Formats are 'thd' [T, H, D], 'bshd' [B, S, H, D] and 'sbhd' [S, B, H, D]."
-        )
     if format == "bshd":
         x = x.transpose(0, 1)
     x = x if format == "thd" else x.flatten(1, 2)
@@ -216,35 +223,51 @@ def _unfold(x: Tensor, format: str, batch: int) -> Tensor:
     return x.transpose(0, 1) if format == "bshd" else x
 
 
-def _found(q: Tensor, k: Tensor, v: Tensor, batch: int) -> str:
-    folded = f" (a batch of {batch} folded into the heads)" if batch > 1 else ""
-    return f"Found q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}{folded}"
+def _found(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"Found q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, sinks: Tensor | None, softcap: float, batch: int, rank: int
-) -> None:
-    h_q, h_kv = q.shape[1], k.shape[1]
-    if k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
-        raise ValueError(f"k and v must have the same rows and heads, q and k the same head size. {_found(q, k, v, batch)}.")
+def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, softcap: float, format: str) -> None:
+    """All that one rank can say of a call without its plan."""
+    if format not in FORMATS:
+        raise ValueError(f"There is no format {format!r}. Formats are {_formats()}.")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != len(format):
+            raise ValueError(
+                f"format {format!r} needs {name} with {len(format)} dimensions, found {list(x.shape)}. Formats are {_formats()}."
+            )
+    h_q, h_kv = q.shape[-2], k.shape[-2]
+    if k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"k and v must have the same rows and heads, q and k the same head size. {_found(q, k, v)}. "
+            "Only the head size of v, which is that of the output, is free."
+        )
+    if "b" in format and q.shape[format.index("b")] != k.shape[format.index("b")]:
+        raise ValueError(
+            f"q, k and v must have one batch size. {_found(q, k, v)}, format {format!r}. "
+            "Repeat what belongs to several rows of the batch, or name the other format."
+        )
     if h_kv == 0 or h_q % h_kv:
         fits = sorted({n for n in range(1, h_q + 1) if h_q % n == 0}, key=lambda n: abs(n - h_kv))[:2]
         raise ValueError(
             f"{h_q} query heads cannot share {h_kv} key heads: query heads must be a multiple of key heads. "
-            f"{_found(q, k, v, batch)}. Use {' or '.join(map(str, sorted(fits)))} key heads, or repeat them yourself."
-        )
-    if q.shape[0] != plan.rows or k.shape[0] != plan.rows:
-        raise ValueError(
-            f"Rank {rank} holds {plan.rows} rows of this plan ({plan.mask!r} on {plan.layout!r}). {_found(q, k, v, batch)}. "
-            "Pass local rows (cp.shard), of q, k and v alike; with four dimensions name the format, 'bshd' or 'sbhd'."
+            f"{_found(q, k, v)}. Use {' or '.join(map(str, sorted(fits)))} key heads, or repeat them yourself."
         )
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k and v must have one floating-point dtype. Found {q.dtype}, {k.dtype}, {v.dtype}.")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"q, k and v must be on one device. Found {q.device}, {k.device}, {v.device}.")
-    if sinks is not None and (sinks.dim() != 1 or batch * sinks.shape[0] != h_q or sinks.device != q.device):
         raise ValueError(
-            f"sinks must be [{h_q // batch}] on {q.device}, one per query head. Found {list(sinks.shape)} on {sinks.device}."
+            f"q, k and v must have one floating-point dtype. Found {q.dtype}, {k.dtype}, {v.dtype}. Convert them with .to(dtype)."
         )
+    if not q.device == k.device == v.device:
+        raise ValueError(
+            f"q, k and v must be on one device. Found {q.device}, {k.device}, {v.device}. Move them with .to(device)."
+        )
+    if q.device.type == "meta":
+        raise ValueError("q, k and v are on the meta device, which has no data to attend with. Move them to a real device first.")
+    if sinks is not None and (sinks.dim() != 1 or sinks.shape[0] != h_q or sinks.device != q.device):
+        raise ValueError(f"sinks must be [{h_q}] on {q.device}, one per query head. Found {list(sinks.shape)} on {sinks.device}.")
     if softcap < 0:
         raise ValueError(f"softcap must be 0 (none) or positive. Found {softcap}.")
+
+
+def _formats() -> str:
+    return ", ".join(f"{name!r} {text}" for name, text in FORMATS.items())

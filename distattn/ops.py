@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -49,28 +51,38 @@ class Session:
 
 
 class Handles:
-    """Sessions by number. Holds the last ``capacity`` that were used, so what a backward pass needs outlives its caller."""
+    """Sessions by number. A session stays as long as its plan is held; the last ``capacity`` that were used stay in any case, so
+    that what a backward pass needs outlives its caller."""
 
     def __init__(self, capacity: int = 1024):
-        self._sessions: OrderedDict[int, Session] = OrderedDict()
-        self._numbers = itertools.count(1)
         self.capacity = capacity
+        self._sessions: WeakValueDictionary[int, Session] = WeakValueDictionary()
+        self._recent: OrderedDict[int, Session] = OrderedDict()
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()  # ranks may be threads
 
     def add(self, session: Session) -> int:
         number = next(self._numbers)
         self._sessions[number] = session
-        while len(self._sessions) > self.capacity:
-            self._sessions.popitem(last=False)
+        self._use(number, session)
         return number
 
     def __getitem__(self, number: int) -> Session:
-        if number not in self._sessions:
+        session = self._sessions.get(number)
+        if session is None:
             raise RuntimeError(
-                f"Attention plan {number} is gone: more than {self.capacity} plans were used after it. "
-                "Run the backward pass sooner, or make the plan again."
+                f"Attention plan {number} is gone: nobody holds it, and {self.capacity} plans were used after it. "
+                "Run the backward pass sooner, or hold the plan until then."
             )
-        self._sessions.move_to_end(number)
-        return self._sessions[number]
+        self._use(number, session)
+        return session
+
+    def _use(self, number: int, session: Session) -> None:
+        with self._lock:
+            self._recent[number] = session
+            self._recent.move_to_end(number)
+            while len(self._recent) > self.capacity:
+                self._recent.popitem(last=False)
 
 
 HANDLES = Handles()  # operators see numbers only, so this one table is global
