@@ -6,9 +6,9 @@ A token file is a folder::
     documents.bin   int64 boundaries: document d is tokens[boundary[d] : boundary[d + 1]]
     meta.json       dtype, counts, vocabulary, tokenizer, checksums
 
-A packed sequence is N tokens of an endless stream: the documents in a seeded order, each epoch in another. A document
-that the end of a sequence cuts goes on in the next sequence as a document of its own. Every rank computes the same
-sequence from its number alone and reads only the rows that it holds, so the position in the data is one integer.
+A packed sequence is N tokens of documents one after another, in an order that the seed gives. What the end of a sequence
+cuts off a document is a document of its own in another sequence. Every rank computes the same sequence from its number
+alone and reads only the rows that it holds, so the position in the data is one integer.
 """
 
 from __future__ import annotations
@@ -212,14 +212,19 @@ class Sequence:
 
 
 class Packer:
-    """Sequence number i of an endless stream over ``documents`` of a token file; any i, in any order."""
+    """Sequence number i of an endless stream over ``documents`` of a token file; any i, in any order.
+
+    An epoch puts the documents in an order of its own, cuts their tokens into sequences and shuffles these: neighbours
+    in the stream come from different documents. The last one, if it is short, is filled from the beginning of the epoch.
+    """
 
     def __init__(self, file: TokenFile, documents: np.ndarray, length: int, seed: int) -> None:
         if not len(documents):
             raise ValueError(f"{file.path} leaves no document to read. Add documents or change data.held_out.")
         self.file, self.documents, self.length, self.seed = file, documents, length, seed
         self.epoch_tokens = int((file.boundaries[documents + 1] - file.boundaries[documents]).sum())
-        self._cached: tuple[int, np.ndarray, np.ndarray] | None = None
+        self.epoch_sequences = -(-self.epoch_tokens // length)
+        self._cached: tuple[int, _Epoch] | None = None
 
     def identity(self) -> dict[str, int]:
         """What the numbering of sequences depends on. A checkpoint keeps it, resume compares it."""
@@ -228,24 +233,35 @@ class Packer:
         return {"tokens_crc32": meta["tokens_crc32"], "documents_crc32": listed, "length": self.length, "seed": self.seed}
 
     def sequence(self, number: int) -> Sequence:
-        """Tokens [number * length, (number + 1) * length) of the stream."""
+        """Sequence ``number`` of the stream."""
+        epoch = self._epoch(number // self.epoch_sequences)
+        begin, missing = int(epoch.shuffled[number % self.epoch_sequences]) * self.length, self.length
         offsets, lengths = [], []
-        place, missing = number * self.length, self.length
         while missing:
-            epoch, begin = divmod(place, self.epoch_tokens)
             end = min(begin + missing, self.epoch_tokens)
-            origins, bounds = self._epoch(epoch)
-            touched = slice(np.searchsorted(bounds, begin, side="right") - 1, np.searchsorted(bounds, end, side="left"))
-            starts = np.maximum(bounds[:-1][touched], begin)
-            offsets.append(origins[touched] + starts - bounds[:-1][touched])
-            lengths.append(np.minimum(bounds[1:][touched], end) - starts)
-            place, missing = place + end - begin, missing - (end - begin)
+            first = np.searchsorted(epoch.bounds, begin, side="right") - 1
+            bounds = epoch.bounds[first : np.searchsorted(epoch.bounds, end, side="left") + 1]
+            starts = np.maximum(bounds[:-1], begin)
+            offsets.append(epoch.origins[first : first + len(starts)] + starts - bounds[:-1])
+            lengths.append(np.minimum(bounds[1:], end) - starts)
+            begin, missing = 0, missing - (end - begin)
         return Sequence(self.file.tokens, np.concatenate(offsets), np.concatenate(lengths))
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """In the order of this epoch: where each document begins in the file, and the bounds of all in the epoch."""
+    def _epoch(self, epoch: int) -> _Epoch:
         if self._cached is None or self._cached[0] != epoch:
-            order = self.documents[np.argsort(scatter(self.documents, self.seed + 1 + epoch), kind="stable")]
+            seed = self.seed + 1 + epoch  # seed itself chooses what is held out
+            order = self.documents[np.argsort(scatter(self.documents, seed), kind="stable")]
             sizes = self.file.boundaries[order + 1] - self.file.boundaries[order]
-            self._cached = (epoch, self.file.boundaries[order], np.concatenate(([0], np.cumsum(sizes))))
-        return self._cached[1:]
+            shuffled = np.argsort(scatter(np.arange(self.epoch_sequences), seed), kind="stable")
+            bounds = np.concatenate(([0], np.cumsum(sizes)))
+            self._cached = (epoch, _Epoch(self.file.boundaries[order], bounds, shuffled))
+        return self._cached[1]
+
+
+class _Epoch(NamedTuple):
+    origins: np.ndarray
+    """where each document begins in the file, in the order of the epoch"""
+    bounds: np.ndarray
+    """the same in the epoch, and the end of the last"""
+    shuffled: np.ndarray
+    """the order of the sequences"""

@@ -97,15 +97,17 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> float | None:
         """Mean loss over held-out sequences, the same ones every time; None where nothing is held out."""
-        count, world = self.config.train.eval_sequences, self.world
-        if self.held_out is None or count == 0:
+        world = self.world
+        if self.held_out is None or self.config.train.eval_sequences == 0:
             return None
+        numbers = range(min(self.config.train.eval_sequences, self.held_out.epoch_sequences))
         total = torch.zeros((), dtype=torch.float64, device=world.device)
-        for first in range(0, count, world.dp):
-            number = first + world.dp_rank
-            loss = self.loss_sum(self.held_out, number)  # also past the last: FSDP's collectives need every rank
-            total += loss if number < count else 0
-        labels = max(1, sum(self.held_out.sequence(number).labels for number in range(count)))
+        for first in range(0, len(numbers), world.dp):
+            place = first + world.dp_rank
+            # A group that has none left takes one more, uncounted: FSDP's collectives need every rank.
+            loss = self.loss_sum(self.held_out, numbers[min(place, len(numbers) - 1)])
+            total += loss if place < len(numbers) else 0
+        labels = max(1, sum(self.held_out.sequence(number).labels for number in numbers))
         return world.sum(total).item() / labels
 
     def say(self, text: str) -> None:

@@ -26,15 +26,13 @@ sizes_of_documents = st.lists(st.integers(1, 30), min_size=1, max_size=20)
 
 
 @settings(deadline=None)
-@given(sizes=sizes_of_documents, length=st.integers(2, 40), seed=st.integers(0, 1 << 64), first=st.integers(0, 50))
-def test_an_epoch_holds_every_token_once(sizes: list[int], length: int, seed: int, first: int) -> None:
+@given(sizes=sizes_of_documents, length=st.integers(2, 40), seed=st.integers(0, 1 << 64), epoch=st.integers(0, 50))
+def test_an_epoch_holds_every_token_and_few_twice(sizes: list[int], length: int, seed: int, epoch: int) -> None:
     packer = Packer(in_memory(sizes), np.arange(len(sizes)), length, seed)
-    total = sum(sizes)
-    begin = first * total  # of epoch `first` in the stream
-    numbers = range(begin // length, (begin + total - 1) // length + 1)
-    stream = torch.cat([packer.sequence(number).rows(np.arange(length)).tokens for number in numbers])
-    inside = stream[begin - numbers.start * length :][:total]
-    assert sorted(inside.tolist()) == list(range(total))
+    count, total = packer.epoch_sequences, sum(sizes)
+    rows = [packer.sequence(epoch * count + number).rows(np.arange(length)).tokens for number in range(count)]
+    assert sorted(torch.cat(rows).unique().tolist()) == list(range(total))
+    assert count * length - total < length, "only the last sequence is filled up"
 
 
 @settings(deadline=None)
@@ -76,6 +74,13 @@ def test_rows_read_by_place_are_those_of_shard_batch(tmp_path: Path, schedule: s
         assert torch.equal(ours.tokens, theirs.tokens)
         assert torch.equal(ours.labels, theirs.labels)
         assert torch.equal(ours.positions, theirs.positions)
+
+
+def test_neighbours_come_from_different_documents() -> None:
+    """A long document would otherwise fill many steps in a row."""
+    packer = Packer(in_memory([1000, 1000]), np.arange(2), 10, 0)
+    first = [int(packer.sequence(number).rows(np.arange(1)).tokens[0]) // 1000 for number in range(200)]
+    assert sum(a != b for a, b in zip(first, first[1:], strict=False)) > 70
 
 
 def test_epochs_differ_and_seeds_differ() -> None:
