@@ -258,7 +258,8 @@ def in_process_group(call: Call) -> Any:
     try:
         return function(call.rank, call.world, *arguments)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # the function may have ended the group itself
+            dist.destroy_process_group()
 
 
 def exit_with_parent(parent: int) -> None:
