@@ -83,7 +83,7 @@ def parallelize(config: Config, world: World) -> Decoder:
         fill(block, f"blocks.{number}.", config)
         recompute(block, config.parallel)
         if config.parallel.compile:
-            block.compile(fullgraph=config.parallel.checkpointing == "none")
+            block.compile(fullgraph=True)
         shard(block, config.parallel, world)
     for name in ("embedding", "norm", "head"):
         fill(getattr(model, name), f"{name}.", config)

@@ -11,6 +11,7 @@ import torch
 from distattn.checkpoint import read_progress
 from distattn.config import Config, TrainConfig
 from distattn.metrics import read
+from distattn.parallel.executor import Executor
 from distattn.parallelize import make_world
 from distattn.trainer import Result, Trainer, learning_rate
 from tests.distattn.small_run import small_config, small_tokens
@@ -152,8 +153,34 @@ def test_a_loss_that_is_not_a_number_ends_the_run(folder: Path) -> None:
         run(small_config(folder, train__learning_rate=1e30, train__clip_norm=0.0))
 
 
-@pytest.mark.parametrize("checkpointing", ["full", "selective"])
-def test_recomputing_changes_nothing(folder: Path, checkpointing: str) -> None:
-    _, expected, _ = run(small_config(folder, train__steps=3))
-    _, found, _ = run(small_config(folder, train__steps=3, parallel__checkpointing=checkpointing, out=str(folder / "again")))
+@pytest.fixture
+def attention_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each time that attention was computed forward."""
+    runs: list[int] = []
+    forward = Executor.forward
+    monkeypatch.setattr(Executor, "forward", lambda self, *arguments: runs.append(1) or forward(self, *arguments))
+    return runs
+
+
+@pytest.mark.parametrize(("checkpointing", "times"), [("none", 1), ("full", 2), ("selective", 1)])
+def test_recomputing_changes_nothing(folder: Path, checkpointing: str, times: int, attention_runs: list[int]) -> None:
+    changes = {"train__steps": 3, "train__eval_sequences": 0}
+    _, expected, _ = run(small_config(folder, **changes))
+    attention_runs.clear()
+    config = small_config(folder, **changes, parallel__checkpointing=checkpointing, out=str(folder / "again"))
+    _, found, _ = run(config)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert len(attention_runs) == times * 3 * config.model.layers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+def test_compiled_blocks_are_the_same_model(folder: Path, checkpointing: str, attention_runs: list[int]) -> None:
+    changes = {"train__steps": 5, "train__eval_sequences": 0, "model__dtype": "float64", "parallel__checkpointing": checkpointing}
+    _, _, expected = run(small_config(folder, **changes))
+    attention_runs.clear()
+    compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    _, _, found = run(small_config(folder, **changes, parallel__compile=True, out=str(folder / "compiled")))
+    assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-9)
+    assert len(attention_runs) == 5 * 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - compilations <= 2, "once, and once for any documents"
