@@ -14,6 +14,7 @@ from typing import Any
 
 SCHEDULES = ("ring", "zigzag", "striped")
 DTYPES = ("float32", "float64", "bfloat16")
+BACKENDS = ("triton", "aten", "reference")
 DEVICES = ("auto", "cpu", "cuda")
 CHECKPOINTING = ("none", "full", "selective")
 
@@ -82,7 +83,7 @@ class ParallelConfig:
     schedule: str = key("zigzag", f"how attention is spread over ranks: {', '.join(SCHEDULES)}")
     cp: int = key(0, "ranks that share one sequence; 0 means all that dp leaves")
     dp: int = key(1, "groups of ranks with sequences of their own")
-    backend: str = key("", "attention kernel; empty takes the best that fits")
+    backend: str = key("", f"attention kernel: {', '.join(BACKENDS)}; empty takes the fastest that can")
     checkpointing: str = key("none", f"what backward computes again: {', '.join(CHECKPOINTING)} (selective: all but attention)")
     compile: bool = key(False, "torch.compile each block")
     gather_dtype: str = key("", f"FSDP gathers parameters in this dtype ({', '.join(DTYPES)}); empty keeps theirs")
@@ -278,6 +279,7 @@ def check_train(train: TrainConfig) -> None:
 def check_parallel(config: Config, world_size: int) -> None:
     parallel = config.parallel
     _one_of("parallel.schedule", parallel.schedule, SCHEDULES)
+    _one_of("parallel.backend", parallel.backend, ("", *BACKENDS))
     _one_of("parallel.checkpointing", parallel.checkpointing, CHECKPOINTING)
     _one_of("parallel.gather_dtype", parallel.gather_dtype, ("", *DTYPES))
     _at_least("parallel.dp", parallel.dp, 1)

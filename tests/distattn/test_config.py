@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from distattn.config import SCHEDULES, Config, check, describe, load_config
+from distattn.config import BACKENDS, SCHEDULES, Config, check, describe, load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -40,6 +40,7 @@ def test_the_file_is_read_and_words_come_after_it(file: Path) -> None:
         ("--fast", "written key=value"),
         ("out=[1", "not readable as YAML"),
         ("parallel.schedule=zigzga", "Did you mean 'zigzag'"),
+        ("parallel.backend=tritn", "Did you mean 'triton'"),
         ("model.dtype=float31", "Did you mean 'float32'"),
         ("model.kv_heads=3", "model.kv_heads=2"),
         ("model.dim=66", "not divisible by model.heads=4"),
@@ -107,3 +108,9 @@ def test_schedules_are_those_that_there_are() -> None:
     from distattn.parallel.schedules import SCHEDULES as known
 
     assert sorted(SCHEDULES) == sorted(known)
+
+
+def test_backends_are_those_that_there_are() -> None:
+    from distattn.kernels import RANKING
+
+    assert sorted(BACKENDS) == sorted(RANKING)
