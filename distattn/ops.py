@@ -11,6 +11,7 @@ import logging
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -152,7 +153,7 @@ def _(dout, dlse, q, k, v, sinks, out, lse, kept, handle, scale, softcap):
     return *gradients, q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, sinks, ctx.handle, ctx.scale, ctx.softcap = inputs
     ctx.save_for_backward(q, k, v, sinks, *output)
     ctx.set_materialize_grads(False)
@@ -167,7 +168,7 @@ def _backward(ctx, dout, dlse, _):
 attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-def save_attention(ctx, op, *args, **kwargs) -> torch.utils.checkpoint.CheckpointPolicy:
+def save_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> torch.utils.checkpoint.CheckpointPolicy:
     """A selective checkpointing policy under which attention and its communication run once; all else is recomputed.
 
     Use: ``checkpoint(f, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, save_attention))``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,12 +88,12 @@ class Shard(torch.autograd.Function):
     """Local rows of a replicated tensor. Its gradient is whole on every rank: the local gradients are gathered."""
 
     @staticmethod
-    def forward(ctx, full: Tensor, rows: LocalRows, communicator: Communicator, dim: int) -> Tensor:
+    def forward(ctx: Any, full: Tensor, rows: LocalRows, communicator: Communicator, dim: int) -> Tensor:
         ctx.rows, ctx.communicator, ctx.dim, ctx.length = rows, communicator, dim, full.shape[dim]
         return rows.layout.shard(full, rows.rank, dim)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         full = gather(gradient, ctx.rows, ctx.communicator, ctx.dim)
         missing = ctx.length - full.shape[ctx.dim]
         if missing:
@@ -106,12 +107,12 @@ class Unshard(torch.autograd.Function):
     """The whole tensor on every rank. Every rank holds the same gradient of it, so its own rows are sliced, not summed."""
 
     @staticmethod
-    def forward(ctx, local: Tensor, rows: LocalRows, communicator: Communicator, dim: int) -> Tensor:
+    def forward(ctx: Any, local: Tensor, rows: LocalRows, communicator: Communicator, dim: int) -> Tensor:
         ctx.rows, ctx.dim = rows, dim
         return gather(local, rows, communicator, dim)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         return ctx.rows.layout.shard(gradient, ctx.rows.rank, ctx.dim), None, None, None
 
 

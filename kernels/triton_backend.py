@@ -100,17 +100,17 @@ class TritonBackend:
     ) -> State:
         """One launch; without state or with ``out`` over all query tiles, else over those with work."""
         fresh = state is None
-        if fresh:
+        if state is None:
             o = torch.empty(*q.shape[:2], v.shape[2], dtype=torch.float32, device=q.device) if out is None else out
             state = State(o, torch.empty(q.shape[:2], dtype=torch.float32, device=q.device))
         # The interpreter truncates when it stores bfloat16: let it store float32 and round outside.
-        rounded_outside = out is not None and out.dtype == torch.bfloat16 and interpreted()
-        target = torch.empty_like(out, dtype=torch.float32) if rounded_outside else state.o if out is None else out
+        rounded = out if out is not None and out.dtype == torch.bfloat16 and interpreted() else None
+        target = state.o if out is None else out if rounded is None else torch.empty_like(out, dtype=torch.float32)
         tensors = [q, k, v, target, state.lse, target if fresh else state.o, state.lse]
         all_rows = fresh or out is not None
         _launch(FORWARD, tensors, bands, scores, all_rows, STATE=not fresh, ALL_ROWS=all_rows)
-        if rounded_outside:
-            out.copy_(target)
+        if rounded is not None:
+            rounded.copy_(target)
         return state
 
     def backward(

@@ -6,7 +6,7 @@ stage's kernels. It knows nothing of schedules; tests withhold messages to show 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distattn.kernels.contract import Backend, Scores, State, empty_state
 from distattn.kernels.merge import merge_into
-from distattn.parallel.comm import Awaited, Communicator
+from distattn.parallel.comm import Awaited, Communicator, Pending
 from distattn.parallel.plan import What
 from distattn.parallel.program import Batch, Buffer, Item, Launch, Message, Program
 
@@ -137,7 +137,7 @@ class Executor:
         compute: Callable[[Launch, Callable[[What, int], Sequence[Tensor]]], None],
     ) -> None:
         """Boundary by boundary: await, unpack, pack, post, launch."""
-        pending = {}
+        pending: dict[int, Pending] = {}
 
         def tensors(what: What, owner: int) -> Sequence[Tensor]:
             return own(what) if owner == program.rank else bound.tensors[id(program.buffers[what, owner])]
@@ -157,7 +157,7 @@ class Executor:
                 compute(launch, tensors)
             self._scrub(program, 2 * boundary + 1, bound)
 
-    def _post(self, batch: Batch, bound: _Bound, tensors: Callable[[What, int], Sequence[Tensor]]):
+    def _post(self, batch: Batch, bound: _Bound, tensors: Callable[[What, int], Sequence[Tensor]]) -> Pending:
         for message in batch.sends:
             if message.direct is None:
                 for item in message.items:
@@ -208,7 +208,7 @@ class Executor:
         return bound
 
     @staticmethod
-    def _bind_buffers(bound: _Bound, buffers, memory: Tensor) -> None:
+    def _bind_buffers(bound: _Bound, buffers: Iterable[Buffer], memory: Tensor) -> None:
         for buffer in buffers:
             stretch = memory[buffer.stretch.place : buffer.stretch.place + buffer.stretch.size]
             bound.tensors[id(buffer)] = tuple(part.view(stretch) for part in buffer.parts)

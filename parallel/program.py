@@ -50,7 +50,8 @@ class Packing:
     def of(cls, starts: np.ndarray, stops: np.ndarray) -> Packing:
         runs = union(Intervals(np.zeros_like(starts), starts, stops))
         offset = np.concatenate([[0], np.cumsum(runs.rows)])
-        return cls(*(tuple(int(x) for x in c) for c in (runs.start, runs.stop, offset[:-1])), int(offset[-1]))
+        start, stop, begin = (tuple(int(x) for x in column) for column in (runs.start, runs.stop, offset[:-1]))
+        return cls(start, stop, begin, int(offset[-1]))
 
     def row(self, start: int, stop: int) -> int:
         """Where rows [start, stop) of the owner's shard begin in the packed buffer."""

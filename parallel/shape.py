@@ -34,14 +34,15 @@ class Shape:
         """The tensors that a transfer of ``what`` carries, as (dtype, trailing shape of a row)."""
         sums, home = self.accumulate, self.home or self.accumulate
         q, k, v, out = (self.heads, self.d), (self.kv_heads, self.d), (self.kv_heads, self.d_v), (self.heads, self.d_v)
-        return {
+        parts: dict[What, list[tuple[torch.dtype, tuple[int, ...]]]] = {
             What.Q: [(self.dtype, q)],
             What.KV: [(self.dtype, k), (self.dtype, v)],
             What.DOUT: [(self.dtype, out), (sums, (self.heads,)), (sums, (self.heads,))],
             What.OUT: [(home, out), (sums, (self.heads,))],
             What.DQ: [(home, q)],
             What.DKV: [(home, k), (home, v)],
-        }[what]
+        }
+        return parts[what]
 
     def row_bytes(self, what: What) -> int:
         """Bytes of one row, without alignment."""

@@ -85,11 +85,11 @@ def _malformed(plan: Plan) -> Iterator[str]:
     for i in np.flatnonzero((tasks[:, STAGE] < 0) | (tasks[:, STAGE] >= plan.stages)):
         yield f"task {i} of rank {tasks[i, RANK]} is in stage {tasks[i, STAGE]} of {plan.stages}"
     for i in np.flatnonzero((t[:, START] < 0) | (t[:, STOP] > rows[t[:, OWNER]]) | (t[:, START] >= t[:, STOP])):
-        yield f"{plan.transfer(i)}: rank {t[i, OWNER]} has {rows[t[i, OWNER]]} rows"
+        yield f"{plan.transfer(int(i))}: rank {t[i, OWNER]} has {rows[t[i, OWNER]]} rows"
     for i in np.flatnonzero(
         (t[:, SRC] == t[:, DST]) | (t[:, POST] >= t[:, NEED]) | (t[:, POST] < 0) | (t[:, NEED] > plan.stages)
     ):
-        yield f"{plan.transfer(i)}: from a rank to itself, or not awaited after its posting and by boundary {plan.stages}"
+        yield f"{plan.transfer(int(i))}: from a rank to itself, or not awaited after its posting and by boundary {plan.stages}"
 
 
 def _ends_agree(views: Sequence[Plan]) -> Iterator[str]:
