@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,6 @@ def losses(folder: Path, world_size: int, changes: Changes) -> tuple[list[float]
             "train__steps": STEPS,
             "train__warmup_steps": 10,
             "train__learning_rate": 3e-3,
-            "train__sequences_per_step": 2,
             "train__eval_sequences": 3,
             "data__sequence_length": 128,
             **changes,
@@ -69,19 +69,38 @@ def test_ring_zigzag_and_striped_are_one_device(folder: Path, alone, gloo: Pool,
         f"{schedule}-{dtype}": {"parallel__schedule": schedule, "model__dtype": dtype}
         for schedule in ("ring", "zigzag", "striped")
     }
-    for rank in gloo(world).run(losses_of_rank, str(folder), runs, timeout=500):
+    for rank in gloo(world).run(losses_of_rank, str(folder), runs, timeout=400):
         for found in rank.values():
             assert_equal(found, alone[dtype], TOLERANCE[dtype])
 
 
-def test_data_and_context_axes_together_are_one_device(folder: Path, alone, gloo: Pool) -> None:
+def test_data_and_context_axes_together_are_one_device(folder: Path, gloo: Pool) -> None:
     """Two groups of two ranks, each with sequences of its own; and what is recomputed is not another result."""
-    common: Changes = {"parallel__dp": 2, "model__dtype": "float64"}
+    common: Changes = {"model__dtype": "float64", "train__sequences_per_step": 2}
+    alone = losses(folder, 1, {**common, "out": f"{folder}/1-accumulated"})
+    common["parallel__dp"] = 2
     runs: dict[str, Changes] = {
         "plain": common,
         "selective": {**common, "parallel__checkpointing": "selective"},
         "full": {**common, "parallel__checkpointing": "full"},
     }
-    for rank in gloo(4).run(losses_of_rank, str(folder), runs, timeout=500):
+    for rank in gloo(4).run(losses_of_rank, str(folder), runs, timeout=400):
         for found in rank.values():
-            assert_equal(found, alone["float64"], TOLERANCE["float64"])
+            assert_equal(found, alone, TOLERANCE["float64"])
+
+
+def test_a_tied_head_and_sharding_and_resume_on_another_number_of_ranks(folder: Path, gloo: Pool) -> None:
+    """Half of a run on two ranks, the rest on one: as if it had been one device all along."""
+    common: Changes = {"model__tie_head": True, "model__dtype": "float64", "train__steps": 10, "checkpoint__every": 5}
+    expected = losses(folder, 1, {**common, "out": f"{folder}/1-whole"})
+    (_, _) = gloo(2).run(losses_of_rank, str(folder), {"tied": common})
+    shutil.rmtree(folder / "2-tied" / "checkpoints" / "step_000010")
+    found = losses(folder, 1, {**common, "out": f"{folder}/2-tied"})
+    assert found[0] == pytest.approx(expected[0], rel=1e-9) and len(found[0]) == 10
+    assert found[1] == pytest.approx(expected[1], rel=1e-9)
+
+
+def test_parameters_gathered_in_bfloat16_learn_the_same(folder: Path, alone, gloo: Pool) -> None:
+    runs: dict[str, Changes] = {"bfloat16": {"parallel__gather_dtype": "bfloat16"}}
+    for rank in gloo(2).run(losses_of_rank, str(folder), runs, timeout=300):
+        assert rank["bfloat16"][1] == pytest.approx(alone["float32"][1], rel=0.02)
