@@ -50,6 +50,7 @@ class DataConfig:
     source: str = key("", "what to prepare where path is missing: 'stdlib' (Python's own source), a text file or a folder")
     tokenizer: str = key("byte", "for source: 'byte' or a tokenizers JSON file")
     sequence_length: int = key(4096, "tokens in one packed sequence, over all ranks that share it")
+    longest_document: int = key(0, "documents of more tokens are cut into parts of this many, each its own document; 0 does not")
     held_out: float = key(0.02, "part of the documents that is never trained on, but evaluated")
     seed: int = key(0, "of the order of the documents and of the choice of those held out")
     verify: bool = key(True, "compare the checksum of the token file before training (reads it once)")
@@ -250,6 +251,7 @@ def check_model(model: ModelConfig) -> None:
 
 def check_data(data: DataConfig) -> None:
     _at_least("data.sequence_length", data.sequence_length, 2)
+    _at_least("data.longest_document", data.longest_document or 2, 2)
     if not data.path:
         raise ValueError("data.path is empty: name a folder made by prepare, or a new one together with data.source=stdlib.")
     if not 0 <= data.held_out < 1:

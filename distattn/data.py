@@ -216,12 +216,13 @@ class Packer:
 
     An epoch puts the documents in an order of its own, cuts their tokens into sequences and shuffles these: neighbours
     in the stream come from different documents. The last one, if it is short, is filled from the beginning of the epoch.
+    Documents of more than ``longest`` tokens (0: of any length) are cut into that many first, each part a document of its own.
     """
 
-    def __init__(self, file: TokenFile, documents: np.ndarray, length: int, seed: int) -> None:
+    def __init__(self, file: TokenFile, documents: np.ndarray, length: int, seed: int, longest: int = 0) -> None:
         if not len(documents):
             raise ValueError(f"{file.path} leaves no document to read. Add documents or change data.held_out.")
-        self.file, self.documents, self.length, self.seed = file, documents, length, seed
+        self.file, self.documents, self.length, self.seed, self.longest = file, documents, length, seed, longest
         self.epoch_tokens = int((file.boundaries[documents + 1] - file.boundaries[documents]).sum())
         self.epoch_sequences = -(-self.epoch_tokens // length)
         self._cached: tuple[int, _Epoch] | None = None
@@ -230,7 +231,7 @@ class Packer:
         """What the numbering of sequences depends on. A checkpoint keeps it, resume compares it."""
         listed = zlib.crc32(np.ascontiguousarray(self.documents, "<i8").tobytes())
         meta = self.file.meta
-        return {"tokens_crc32": meta["tokens_crc32"], "documents_crc32": listed, "length": self.length, "seed": self.seed}
+        return {"tokens_crc32": meta["tokens_crc32"], "documents_crc32": listed, "length": self.length, "seed": self.seed, "longest": self.longest}
 
     def sequence(self, number: int) -> Sequence:
         """Sequence ``number`` of the stream."""
@@ -250,12 +251,23 @@ class Packer:
     def _epoch(self, epoch: int) -> _Epoch:
         if self._cached is None or self._cached[0] != epoch:
             seed = self.seed + 1 + epoch  # seed itself chooses what is held out
-            order = self.documents[np.argsort(scatter(self.documents, seed), kind="stable")]
-            sizes = self.file.boundaries[order + 1] - self.file.boundaries[order]
+            origins, sizes = self._parts()
+            order = np.argsort(scatter(origins, seed), kind="stable")
             shuffled = np.argsort(scatter(np.arange(self.epoch_sequences), seed), kind="stable")
-            bounds = np.concatenate(([0], np.cumsum(sizes)))
-            self._cached = (epoch, _Epoch(self.file.boundaries[order], bounds, shuffled))
+            bounds = np.concatenate(([0], np.cumsum(sizes[order])))
+            self._cached = (epoch, _Epoch(origins[order], bounds, shuffled))
         return self._cached[1]
+
+    def _parts(self) -> tuple[np.ndarray, np.ndarray]:
+        """(where each begins in the file, tokens) of the documents, or of their parts where some are too long."""
+        begin, end = self.file.boundaries[self.documents], self.file.boundaries[self.documents + 1]
+        if not self.longest:
+            return begin, end - begin
+        parts = np.maximum(1, -(-(end - begin) // self.longest))
+        document = np.repeat(np.arange(len(parts)), parts)
+        number = np.arange(len(document)) - np.repeat(np.cumsum(parts) - parts, parts)
+        origin = begin[document] + number * self.longest
+        return origin, np.minimum(self.longest, end[document] - origin)
 
 
 class _Epoch(NamedTuple):

@@ -197,8 +197,8 @@ def make_packers(config: Config) -> tuple[Packer, Packer | None]:
             f"Use model.vocab_size={file.meta['vocab_size']} or more."
         )
     training, held_out = split(file.meta["documents"], data.held_out, data.seed)
-    packer = Packer(file, training, data.sequence_length, data.seed)
-    return packer, Packer(file, held_out, data.sequence_length, data.seed) if len(held_out) else None
+    options = (data.sequence_length, data.seed, data.longest_document)
+    return Packer(file, training, *options), Packer(file, held_out, *options) if len(held_out) else None
 
 
 def make_optimizer(model: Decoder, train: TrainConfig) -> torch.optim.Optimizer:

@@ -93,6 +93,18 @@ def test_epochs_differ_and_seeds_differ() -> None:
     assert order(0, 0) != order(0, 1) and order(0, 0) != order(1, 0)
 
 
+def test_long_documents_are_cut_into_parts_that_are_packed_apart() -> None:
+    """Every token once an epoch, no document longer than asked, and parts of one document in different places."""
+    sizes = [1000, 3, 64, 65, 1]
+    packer = Packer(in_memory(sizes), np.arange(5), 1133, 0, longest=64)
+    sequence = packer.sequence(0)
+    assert sorted(sequence.lengths.tolist()) == sorted([64] * 15 + [40, 3, 64, 64, 1, 1])
+    assert sorted(sequence.rows(np.arange(1133)).tokens.tolist()) == sorted(packer.file.tokens.tolist())
+    starts = sequence.offsets[sequence.offsets < 1000]
+    assert (np.diff(starts) < 0).any()
+    assert packer.identity() != Packer(in_memory(sizes), np.arange(5), 1133, 0).identity()
+
+
 def test_scattered_numbers_are_the_same_for_ever() -> None:
     """They order the documents: another numpy or machine must not change what a resumed run reads."""
     assert scatter(np.arange(3), 0).tolist() == [16294208416658607535, 10451216379200822465, 10905525725756348110]
