@@ -75,7 +75,7 @@ class ContextParallel:
         communicator: a ready connection instead of ``group`` (ranks as threads, say).
 
     Raises:
-        ValueError: for an unknown schedule or backend, or a mesh of more than one dimension.
+        ValueError: for an unknown schedule, backend or option, or a mesh of more than one dimension.
     """
 
     def __init__(
@@ -99,6 +99,12 @@ class ContextParallel:
             )
         if keep not in ("last", "all", "none"):
             raise ValueError(f"keep must be 'last', 'all' or 'none'. Found {keep!r}.")
+        if home is not None and not (isinstance(home, torch.dtype) and home.is_floating_point):
+            raise ValueError(f"home must be a floating-point dtype, such as torch.bfloat16, or None for float32. Found {home!r}.")
+        if cached_plans < 1:
+            raise ValueError(f"cached_plans must be 1 or more: the plan in use is one of them. Found {cached_plans}.")
+        if group is not None and communicator is not None:
+            raise ValueError("A group and a communicator were given. Pass one of them: a communicator brings its own ranks.")
         self.communicator = communicator or _communicator(group, timeout)
         self.schedule, self.keep, self.home, self.pad_to_equal = schedule, keep, home, pad_to_equal
         self.cached_plans = cached_plans

@@ -35,7 +35,8 @@ class Kernels:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Backend:
         kind = f"{q.dtype} on {q.device.type}, head sizes {q.shape[2]} and {v.shape[2]}"
-        if kind not in self.chosen:
+        chosen = self.chosen.get(kind)
+        if chosen is None or chosen.backend.reject(q, k, v, scores) is not None:  # a scale or a stride may be refused later
             choice = self.chosen[kind] = choose(q, k, v, scores, self.prefer)
             logger.info("attention of %s runs on %s%s", kind, choice.backend.name, "".join(f"; not {r}" for r in choice.reasons))
         return self.chosen[kind].backend

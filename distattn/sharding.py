@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from distattn.parallel.comm import Communicator
 from distattn.parallel.layout import Layout
@@ -93,6 +94,7 @@ class Shard(torch.autograd.Function):
         return rows.layout.shard(full, rows.rank, dim)
 
     @staticmethod
+    @once_differentiable  # a gather has no gradient of its own: a second derivative is refused, not silently lost
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         full = gather(gradient, ctx.rows, ctx.communicator, ctx.dim)
         missing = ctx.length - full.shape[ctx.dim]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 import distattn
 from distattn import ContextParallel
+from distattn.kernels.aten import Aten
 from distattn.ops import HANDLES, Handles
-from distattn.parallel.comm import Communicator
+from distattn.parallel.comm import Communicator, SoloCommunicator
 from distattn.parallel.comm_threads import run_ranks
 from distattn.parallel.mask import Mask
 from distattn.parallel.plan import What
@@ -526,12 +527,16 @@ def test_tensors_without_data_are_refused() -> None:
         ({"schedule": "zigzga"}, ["no schedule 'zigzga'", "ring, zigzag, striped"]),
         ({"backend": "cudnn"}, ["no backend 'cudnn'", "triton, aten, reference"]),
         ({"keep": "some"}, ["keep must be 'last', 'all' or 'none'", "Found 'some'"]),
+        ({"home": torch.int8}, ["home must be a floating-point dtype", "Found torch.int8"]),
+        ({"home": "bfloat16"}, ["home must be a floating-point dtype", "Found 'bfloat16'"]),
+        ({"cached_plans": 0}, ["cached_plans must be 1 or more", "Found 0"]),
+        ({"group": object(), "communicator": SoloCommunicator()}, ["A group and a communicator", "Pass one"]),
     ],
     ids=str,
 )
-def test_constructions_that_are_refused(options: dict[str, str], texts: list[str]) -> None:
+def test_constructions_that_are_refused(options: dict[str, Any], texts: list[str]) -> None:
     with pytest.raises(ValueError) as caught:
-        ContextParallel(**options)  # type: ignore[arg-type]
+        ContextParallel(**options)
     for text in texts:
         assert text in str(caught.value)
 
@@ -553,6 +558,36 @@ def test_a_backend_that_cannot_take_the_call_says_why() -> None:
         patch.setattr("distattn.kernels.load", lambda name: Never())
         with pytest.raises(ValueError, match="Backend 'aten' was asked for but it never can. Found q .*Leave the choice open"):
             cp.attention(rows(*Q), rows(*KV), rows(*KV), cp.plan(distattn.causal(8)))
+
+
+def test_a_backend_is_asked_about_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scale that it cannot take, after one that it can, goes to another backend and is not computed wrongly."""
+    monkeypatch.setattr(Aten, "reject", lambda self, q, k, v, scores: "scales below 0" if scores.scale < 0 else None)
+    mask = distattn.causal(8)
+    tensors = draw(mask, torch.float32, (2, 2), (4, 4))
+    insists, leaves_open = ContextParallel(backend="aten"), ContextParallel()
+    insists.attention(*tensors[:3], insists.plan(mask), scale=0.5)
+    with pytest.raises(ValueError, match="Backend 'aten' was asked for but scales below 0"):
+        insists.attention(*tensors[:3], insists.plan(mask), scale=-0.5)
+    plan = leaves_open.plan(mask)
+    for scale, backend in ((0.5, "aten"), (-0.5, "reference")):
+        leaves_open.attention(*tensors[:3], plan, scale=scale)
+        assert [choice.backend.name for choice in plan.session.kernels.chosen.values()] == [backend]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_second_derivatives_are_refused_and_not_lost(world: int) -> None:
+    mask = distattn.causal(6)
+
+    def work(cp: ContextParallel) -> None:
+        plan = cp.plan(mask)
+        full = torch.ones(6, 2, dtype=torch.float64, requires_grad=True)
+        loss = cp.unshard(cp.shard(full, plan) ** 3, plan).sum()
+        (gradient,) = torch.autograd.grad(loss, full, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
+
+    on_ranks(world, work)
 
 
 def test_shard_of_another_length_is_refused() -> None:
