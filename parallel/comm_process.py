@@ -63,6 +63,7 @@ class ProcessCommunicator:
         if self.rank < 0:
             raise ValueError(f"Rank {dist.get_rank()} of the world is not in the group given. Create it on its members only.")
         self.lanes, self.timeout = lanes, timeout
+        self._gave_up: PeerError | None = None
         self.backend = _backend_of(parent)
         self._members = dist.get_process_group_ranks(parent)
         # The order of the given group is ours; torch sorts the members of new groups.
@@ -82,8 +83,9 @@ class ProcessCommunicator:
 
     def post(self, lane: int, sends: Messages, receives: Messages, awaited: Awaited) -> Pending:
         assert_batch(self, lane, sends, receives)
-        if self._watch.failure is not None:
-            raise self._watch.failure
+        failure = self._gave_up or self._watch.failure
+        if failure is not None:
+            raise failure
         if not sends and not receives:
             return Done()
         if self._flights is None:
@@ -115,7 +117,14 @@ class ProcessCommunicator:
         self._watch.report(where)
 
     def fail(self, error: BaseException) -> None:
-        self._watch.publish_failure(f"rank {self.rank}: {type(error).__name__}: {error}")
+        text = f"rank {self.rank}: {type(error).__name__}: {error}"
+        self._watch.publish_failure(text)
+        # Messages have no tags: another try would be taken by the peers for the rest of the one that failed.
+        self._gave_up = self._gave_up or PeerError(
+            f"{text}\nThis rank gave up in the middle of a pass, so its messages and its peers' no longer meet. "
+            "Close this communicator on all ranks and create a new one.",
+            self.rank,
+        )
 
     def scrub(self, released: Tensor) -> None:
         pass

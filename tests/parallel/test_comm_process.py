@@ -192,6 +192,25 @@ def test_every_peer_of_a_rank_that_raises_hears_why(gloo: Pool) -> None:
         assert "rank 2: has given up in forward pass 1, boundary 2" in results[rank][1]
 
 
+def again_after_giving_up(rank: int, world: int) -> str:
+    comm = ProcessCommunicator(timeout=TIMEOUT)
+    ring(comm, 1)
+    if rank == 0:
+        comm.fail(torch.OutOfMemoryError("no memory for stage 1"))
+    try:
+        ring(comm, 1)
+    except PeerError as error:
+        time.sleep(TIMEOUT + 2.0)  # the peers are to get no help from a closed connection
+        return str(error)
+    return "no error"
+
+
+def test_a_rank_that_gave_up_cannot_try_again_with_messages_that_its_peers_take_for_others(gloo: Pool) -> None:
+    first, second = gloo(2).run(again_after_giving_up, timeout=60)
+    assert "OutOfMemoryError: no memory for stage 1" in first and "create a new one" in first, first
+    assert "rank 0: OutOfMemoryError: no memory for stage 1" in second and "Dead or late: rank 0" in second, second
+
+
 def with_store(rank: int, world: int, port: int) -> tuple[float, str]:
     """As torchrun never does it: rank 0, which dies, hosts the store."""
     dist.destroy_process_group()
