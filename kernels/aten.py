@@ -1,7 +1,8 @@
 """CPU attention on PyTorch's own flash op, ``aten::_scaled_dot_product_flash_attention_for_cpu`` and its backward.
 
 The op knows neither bands nor states: bands are cut into pieces that it knows (``aten_pieces``), and the results of pieces
-are merged outside. bf16 and fp16 run in float32. A softcap, which the op lacks, runs the reference tile by tile.
+are merged outside. bf16 and fp16 run in float32. A softcap, which the op lacks, runs the reference tile by tile. Where torch
+is so old that the op wants as many key heads as query heads, the keys of each piece are repeated for it.
 
 Inside, tensors are [1, H, T, D] as the op wants them, views of the token-major ones but for keys; a piece costs one narrow each.
 """
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.torch_version import TorchVersion
 
 from distattn.kernels.aten_pieces import CAUSAL, FLIPPED, MASKED, Piece, pieces, tiles
 from distattn.kernels.bands import Bands
@@ -22,6 +24,8 @@ from distattn.kernels.merge import merge_into
 from distattn.kernels.reference import Reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# pytorch#157893. Before it the op reads and writes past the end of fewer key heads, and says nothing.
+OP_KNOWS_GROUPS = TorchVersion(torch.__version__) >= TorchVersion("2.9")
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -46,6 +50,12 @@ def _cut(x: Tensor, start: int, stop: int, piece: Piece) -> Tensor:
     return x.flip(2) if piece.kind == FLIPPED else x
 
 
+def _cut_keys(x: Tensor, piece: Piece, heads: int) -> Tensor:
+    """The piece's keys of [1, H_kv, T, ...]; with H_kv repeated to ``heads`` where the op needs that."""
+    x = _cut(x, piece.k0, piece.k1, piece)
+    return x if OP_KNOWS_GROUPS or x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
 @lru_cache(maxsize=1)
 def _float_mask(rows: int, keys: int, lo: int, hi: int, dtype: torch.dtype) -> Tensor:
     """0 where lo <= j - i <= hi, -inf elsewhere, [rows, keys]. The tiles of a window share one; only the last is kept."""
@@ -63,10 +73,8 @@ def _options(piece: Piece, dtype: torch.dtype, scores: Scores) -> dict[str, Any]
 
 def _attend(piece: Piece, q: Tensor, k: Tensor, v: Tensor, scores: Scores, d_v: int) -> State:
     """The state of one piece alone, heads first. Its rows all see a key: the op's lse 0 of empty rows never shows."""
-    rows, keys = (piece.q0, piece.q1, piece), (piece.k0, piece.k1, piece)
-    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
-        _cut(q, *rows), _cut(k, *keys), _cut(v, *keys), **_options(piece, q.dtype, scores)
-    )
+    inputs = _cut(q, piece.q0, piece.q1, piece), *(_cut_keys(x, piece, q.shape[1]) for x in (k, v))
+    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(*inputs, **_options(piece, q.dtype, scores))
     o = o[..., :d_v] if o.shape[3] > d_v else o
     return State(o.flip(2), lse.flip(2)) if piece.kind == FLIPPED else State(o, lse)
 
@@ -181,16 +189,18 @@ def _backward_by_pieces(
     lh = _heads_first(lse[work.rows].masked_fill(lse[work.rows] == -torch.inf, torch.inf))
     dqh, dkh, dvh = _heads_first(dq[work.rows]), _heads_first(dk[work.keys]), _heads_first(dv[work.keys])
     for piece in work.calls:
-        rows, keys = (piece.q0, piece.q1, piece), (piece.k0, piece.k1, piece)
+        rows, keys = (piece.q0, piece.q1), (piece.k0, piece.k1)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
-            *(_cut(x, *rows) for x in (gh, qh)),
-            *(_cut(x, *keys) for x in (kh, vh)),
-            *(_cut(x, *rows) for x in (oh, lh)),
+            *(_cut(x, *rows, piece) for x in (gh, qh)),
+            *(_cut_keys(x, piece, qh.shape[1]) for x in (kh, vh)),
+            *(_cut(x, *rows, piece) for x in (oh, lh)),
             **_options(piece, dtype, scores),
         )
-        for total, grad, (start, stop, _) in zip((dqh, dkh, dvh), grads, (rows, keys, keys), strict=True):
+        for total, grad, (start, stop) in zip((dqh, dkh, dvh), grads, (rows, keys, keys), strict=True):
             grad = grad.flip(2) if piece.kind == FLIPPED else grad
             grad = grad[..., : total.shape[3]] if width > total.shape[3] else grad
+            if grad.shape[1] > total.shape[1]:  # one gradient for each repetition of a key head
+                grad = grad.unflatten(1, (total.shape[1], -1)).sum(2)
             total.narrow(2, start, stop - start).add_(grad)
 
 

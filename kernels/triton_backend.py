@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from distattn.kernels.bands import Bands
 from distattn.kernels.contract import Scores, State
@@ -31,6 +32,12 @@ LARGEST_STRIDE = (1 << 31) // 256  # inside a tile of up to 256 rows offsets are
 @lru_cache(maxsize=1)
 def _installed() -> bool:
     return find_spec("triton") is not None
+
+
+def _version() -> TorchVersion:
+    import triton
+
+    return TorchVersion(triton.__version__)
 
 
 @lru_cache(maxsize=3)
@@ -82,7 +89,7 @@ class TritonBackend:
             return f"triton kernels take scales >= 0, found {scores.scale}"
         if any(stride > LARGEST_STRIDE for x in (q, k, v) for stride in x.stride()[:1]):
             return f"triton kernels take token strides up to {LARGEST_STRIDE}, found {[x.stride(0) for x in (q, k, v)]}"
-        return self._reject_device(q.device)
+        return self._reject_device(q.device) or self._reject_compiler(q.dtype)
 
     def _reject_device(self, device: torch.device) -> str | None:
         if interpreted():
@@ -93,6 +100,11 @@ class TritonBackend:
             )
         if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
             return f"triton kernels need compute capability 8.0, found {torch.cuda.get_device_capability(device)}"
+        return None
+
+    def _reject_compiler(self, dtype: torch.dtype) -> str | None:
+        if dtype == torch.float32 and not interpreted() and _version() < TorchVersion("3.3"):
+            return f"triton {_version()} cannot compile the float32 backward. Install triton 3.3 or newer, which torch 2.7 brings"
         return None
 
     def forward(

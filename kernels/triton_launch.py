@@ -73,8 +73,6 @@ def launch_parameters(architecture: str, kind: str, block_d: int, block_dv: int,
     """The row for a kernel (FORWARD, KEYS or QUERIES) at padded head sizes: the smallest that holds them."""
     if architecture == "interpreter":
         return INTERPRETED
-    if element_size == 4:
-        rows = (WHOLE_SM_90 if architecture == "sm_90" else WHOLE)[kind]
-    else:
-        rows = HALF[architecture][kind]
+    whole = WHOLE_SM_90 if architecture == "sm_90" else WHOLE
+    rows = (whole if element_size == 4 else HALF[architecture])[kind]
     return rows[min(size for size in rows if block_d + block_dv <= size)]

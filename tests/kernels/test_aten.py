@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from distattn.kernels import aten_pieces, choose
+from distattn.kernels import aten, aten_pieces, choose
 from distattn.kernels.aten import Aten, _out_for_delta
 from distattn.kernels.aten_pieces import CAUSAL, FLIPPED, FULL, MASKED, Pieces, pieces, tiles
 from distattn.kernels.bands import INF, Band, Bands
 from distattn.kernels.contract import Scores
-from tests.kernels.cases import Case, check_backend, unions, visible_pairs
+from tests.kernels.cases import BASIC, CASES, Case, check_backend, check_repeats, unions, visible_pairs
 
 WIDE = Band(0, 5000, 0, 5000, -999, 0)
 
@@ -72,8 +74,11 @@ def test_pieces_compute_every_pair_once() -> None:
     assert {p.kind for p in cut(every_kind).calls} == {FULL, CAUSAL, FLIPPED, MASKED}
 
 
+@pytest.mark.parametrize("op_knows_groups", sorted({False, aten.OP_KNOWS_GROUPS}))
 @pytest.mark.usefixtures("small_limits")
-def test_small_pieces_add_up_to_dense_attention() -> None:
+def test_small_pieces_add_up_to_dense_attention(op_knows_groups: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aten, "OP_KNOWS_GROUPS", op_knows_groups)
+
     @given(unions(50, 60), st.booleans())
     def check(bands: Bands, sinks: bool) -> None:
         pieces.cache_clear()
@@ -97,6 +102,27 @@ def test_small_pieces_add_up_to_dense_attention() -> None:
 )
 def test_few_pieces(bands: list[Band], kinds: list[int]) -> None:
     assert [p.kind for p in cut(Bands(bands)).calls] == kinds
+
+
+WIDE_IN_GROUPS = replace(BASIC, name="wide", n_q=1300, n_k=1300, bands=Bands([Band(0, 1300, 0, 1300, -519, 0)]), heads=(4, 2))
+
+
+@pytest.mark.parametrize("case", [*(case for case in CASES if case.heads[0] > case.heads[1]), WIDE_IN_GROUPS], ids=str)
+def test_old_torch_gets_as_many_key_heads_as_query_heads(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    class KeyHeads(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if "flash_attention_for_cpu" in op.name():
+                calls.append((op.name().endswith("backward"), {x.shape[1] for x in args if isinstance(x, torch.Tensor)}))
+            return op(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(aten, "OP_KNOWS_GROUPS", False)
+    with KeyHeads():
+        check_backend(Aten(), case)
+    assert case.softcap or {backward for backward, _ in calls} == {False, True}
+    assert all(heads == {case.heads[0]} for _, heads in calls), "the op sees one number of heads"
+    check_repeats(Aten(), case)
 
 
 def test_masks_stay_small() -> None:

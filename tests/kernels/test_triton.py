@@ -96,3 +96,14 @@ def test_refusals_name_what_was_found() -> None:
         assert "needs a GPU, found tensors on cpu" in reason()
     q, k = torch.zeros(4, 2, 64), torch.zeros(4, 2, 64, dtype=torch.bfloat16)
     assert "one dtype" in (backend.reject(q, k, k, Scores(1.0)) or "")
+
+
+@pytest.mark.parametrize("version, refused", [("3.2.0", True), ("3.3.0", False), ("3.10.1+git", False)])
+def test_refuses_float32_where_triton_cannot_compile_it(version: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton", reason="asks triton for its version")
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(TritonBackend, "_reject_device", lambda self, device: None)
+    monkeypatch.setattr("distattn.kernels.triton_backend.interpreted", lambda: False)
+    x = torch.randn(5, 2, 8)
+    assert ("Install triton 3.3" in (TritonBackend().reject(x, x, x, Scores(1.0)) or "")) == refused
+    assert TritonBackend().reject(*[x.bfloat16()] * 3, Scores(1.0)) is None
