@@ -6,6 +6,7 @@ text, AMD figures from the assembly. Nothing here runs a kernel. Needs triton as
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import tempfile
@@ -112,7 +113,21 @@ def _source(kernel: JITFunction, case: Case, launch: Launch) -> ASTSource:
         if name.isupper() or name.endswith(("_token", "_head")):
             attributes[(place,)] = [["tt.divisibility", 16]]
     attributes = {place: value for place, value in attributes.items() if kernel.arg_names[place[0]] not in constants}
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    if "constexprs" in inspect.signature(ASTSource).parameters:
+        return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    from triton.backends.compiler import AttrsDescriptor  # triton 3.2 only
+
+    signature = {name: kind for name, kind in signature.items() if name not in constants}
+    aligned = AttrsDescriptor.from_hints({place: 16 for (place,) in attributes})
+    return ASTSource(fn=kernel, signature=signature, constants=constants, attrs=aligned)
+
+
+def _figure(pattern: str, text: str) -> int:
+    """The number that a tool prints in the first line that matches; ValueError where no line does."""
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"Expected a line like {pattern!r} from the assembler, found none. This version of triton is not known.")
+    return int(found[1])
 
 
 def _ptxas(ptx: str, arch: int) -> tuple[int, int, bool]:
@@ -125,9 +140,9 @@ def _ptxas(ptx: str, arch: int) -> tuple[int, int, bool]:
         source.write_text(ptx)
         name = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
         done = subprocess.run([tool, "-v", name, source, "-o", f"{folder}/kernel.o"], capture_output=True, text=True, check=True)
-    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr).groups()
+    spills = _figure(r"(\d+) bytes spill stores", done.stderr) + _figure(r"(\d+) bytes spill loads", done.stderr)
     serialized = re.search(r"wgmma.*serializ", done.stderr) is not None
-    return int(re.search(r"Used (\d+) registers", done.stderr)[1]), int(stores) + int(loads), serialized
+    return _figure(r"Used (\d+) registers", done.stderr), spills, serialized
 
 
 def compile_case(case: Case, launch: Launch | None = None, kernel: JITFunction | None = None) -> Compiled:
@@ -153,7 +168,7 @@ def compile_case(case: Case, launch: Launch | None = None, kernel: JITFunction |
         tf32 = any("tf32" in line for line in products)
     else:
         text = made.asm["amdgcn"]
-        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
-        spills = 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
+        registers = _figure(r"\.vgpr_count:\s+(\d+)", text)
+        spills = 4 * _figure(r"\.vgpr_spill_count:\s+(\d+)", text)
         serialized, wgmma, mma, tf32 = False, 0, text.count("v_mfma"), "xf32" in text
     return Compiled(case, launch, seconds, registers, spills, made.metadata.shared, wgmma, mma, tf32, serialized)
