@@ -231,7 +231,8 @@ class Packer:
         """What the numbering of sequences depends on. A checkpoint keeps it, resume compares it."""
         listed = zlib.crc32(np.ascontiguousarray(self.documents, "<i8").tobytes())
         meta = self.file.meta
-        return {"tokens_crc32": meta["tokens_crc32"], "documents_crc32": listed, "length": self.length, "seed": self.seed, "longest": self.longest}
+        tokens = {"tokens_crc32": meta["tokens_crc32"], "documents_crc32": listed}
+        return {**tokens, "length": self.length, "seed": self.seed, "longest": self.longest}
 
     def sequence(self, number: int) -> Sequence:
         """Sequence ``number`` of the stream."""

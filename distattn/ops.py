@@ -56,7 +56,7 @@ class Handles:
     """Sessions by number. A session stays as long as its plan is held; the last ``capacity`` that were used stay in any case, so
     that what a backward pass needs outlives its caller."""
 
-    def __init__(self, capacity: int = 1024):
+    def __init__(self, capacity: int = 256):
         self.capacity = capacity
         self._sessions: WeakValueDictionary[int, Session] = WeakValueDictionary()
         self._recent: OrderedDict[int, Session] = OrderedDict()
@@ -100,8 +100,8 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Local rows in, (out, lse, kept bytes) of local rows out. See :class:`distattn.ContextParallel`."""
     session = HANDLES[handle]
-    program, _ = session.plan.programs(_shape(q, k, v, session), session.executor.communicator)
     scores = Scores(scale, softcap)
+    program, _ = session.plan.programs(_shape(q, k, v, session), scores, session.executor.communicator)
     return session.executor.forward(program, session.kernels(q, k, v, scores), q, k, v, scores, sinks)
 
 
@@ -129,7 +129,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the sinks (of this rank's rows; empty without sinks)."""
     session = HANDLES[handle]
-    _, program = session.plan.programs(_shape(q, k, v, session), session.executor.communicator)
+    scores = Scores(scale, softcap)
+    _, program = session.plan.programs(_shape(q, k, v, session), scores, session.executor.communicator)
     dtype = program.shape.accumulate
     if dout is None:
         dout = torch.zeros_like(out)
@@ -139,7 +140,6 @@ def attention_backward(
     delta = torch.linalg.vecdot(dout.to(dtype), out.to(dtype))
     if dlse is not None:
         delta = delta - dlse
-    scores = Scores(scale, softcap)
     dq, dk, dv = session.executor.backward(program, session.kernels(q, k, v, scores), dout, q, k, v, delta, lse, kept, scores)
     dsinks = q.new_empty(0)
     if sinks is not None:  # a sink is a key of score `sink` whose value is 0: ds = p * (0 - delta)

@@ -28,6 +28,17 @@ class _Bound:
     tensors: dict[int, tuple[Tensor, ...]]  # by id of a buffer or an item
     bytes_of: dict[int, Tensor]  # by id of a message
 
+    def forget(self, program: Program) -> None:
+        """Drops the views of the kept memory, which belongs to one call and its backward."""
+        for buffer in program.buffers.values():
+            if buffer.kept:
+                self.tensors.pop(id(buffer), None)
+        for message in program.messages:
+            if message.direct is not None and message.direct.kept:
+                self.bytes_of.pop(id(message), None)
+                for item in message.items:
+                    self.tensors.pop(id(item), None)
+
 
 class Executor:
     """Runs the programs of one rank. Owns the workspace, which grows to what the largest program needs and is never smaller."""
@@ -52,27 +63,26 @@ class Executor:
         """
         out = q.new_empty(*q.shape[:2], v.shape[-1])
         kept = torch.empty(program.kept_bytes, dtype=torch.uint8, device=q.device)
-        states: dict[int, State | None] = {program.rank: None if sinks is None else empty_state(q, v.shape[-1], sinks)}
+        state = None if sinks is None else empty_state(q, v.shape[-1], sinks)
         left = program.local_launches
         written = False
 
         def compute(launch: Launch, tensors: Callable[[What, int], Sequence[Tensor]]) -> None:
-            nonlocal left, written
+            nonlocal state, left, written
             (queries,), (keys, values) = tensors(What.Q, launch.q_owner), tensors(What.KV, launch.kv_owner)
             if launch.q_owner != program.rank:
                 backend.forward(queries, keys, values, launch.bands, scores, State(*tensors(What.OUT, launch.q_owner)))
                 return
             left -= 1
             written = left == 0 and not program.partials_arrive
-            state = states[program.rank]
-            states[program.rank] = backend.forward(queries, keys, values, launch.bands, scores, state, out if written else None)
+            state = backend.forward(queries, keys, values, launch.bands, scores, state, out if written else None)
 
         def own(what: What) -> Sequence[Tensor]:
+            nonlocal state
             if what != What.OUT:
                 return {What.Q: (q,), What.KV: (k, v)}[what]
-            state = states[program.rank]
             if state is None:
-                state = states[program.rank] = empty_state(q, v.shape[-1])
+                state = empty_state(q, v.shape[-1])
             return state
 
         self._run(program, q.device, kept, own, compute)
@@ -123,11 +133,14 @@ class Executor:
     ) -> None:
         """One pass. An error is published, so that the peers that wait for this rank name its cause."""
         self.calls += 1
+        bound = self._bind(program, device, kept)
         try:
-            self._pass(program, self._bind(program, device, kept), own, compute)
+            self._pass(program, bound, own, compute)
         except BaseException as error:
             self.communicator.fail(error)
             raise
+        finally:
+            bound.forget(program)
 
     def _pass(
         self,
@@ -215,16 +228,15 @@ class Executor:
 
     @staticmethod
     def _bind_messages(bound: _Bound, program: Program, memory: Tensor, kept_ones: bool) -> None:
-        for batch in (batch for boundary in program.posts for batch in boundary):
-            for message in batch.sends + batch.receives:
-                if kept_ones != (message.direct is not None and message.direct.kept):
-                    continue
-                stretch = message.direct.stretch if message.direct is not None else message.stretch
-                assert stretch is not None
-                stretch_bytes = memory[stretch.place : stretch.place + message.size]
-                bound.bytes_of[id(message)] = stretch_bytes
-                for item in message.items:
-                    bound.tensors[id(item)] = tuple(part.view(stretch_bytes) for part in item.parts)
+        for message in program.messages:
+            if kept_ones != (message.direct is not None and message.direct.kept):
+                continue
+            stretch = message.direct.stretch if message.direct is not None else message.stretch
+            assert stretch is not None
+            stretch_bytes = memory[stretch.place : stretch.place + message.size]
+            bound.bytes_of[id(message)] = stretch_bytes
+            for item in message.items:
+                bound.tensors[id(item)] = tuple(part.view(stretch_bytes) for part in item.parts)
 
     @staticmethod
     def _restore(program: Program, bound: _Bound, kept: Tensor) -> None:

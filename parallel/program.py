@@ -181,6 +181,11 @@ class Program:
         return self.plan.stages
 
     @cached_property
+    def messages(self) -> list[Message]:
+        """All messages, in the order of their posts."""
+        return [message for boundary in self.posts for batch in boundary for message in batch.sends + batch.receives]
+
+    @cached_property
     def local_launches(self) -> int:
         """Launches on this rank's own queries."""
         return sum(launch.q_owner == self.rank for stage in self.launches for launch in stage)
@@ -188,8 +193,7 @@ class Program:
     @cached_property
     def partials_arrive(self) -> bool:
         """Whether other ranks send partial results of this rank's queries."""
-        messages = (message for stage in self.waits for batch in stage for message in batch.receives)
-        return any(item.what == What.OUT and item.owner == self.rank for message in messages for item in message.items)
+        return any(item.what == What.OUT and item.owner == self.rank for message in self.messages for item in message.items)
 
     @cached_property
     def deaths(self) -> list[list[Stretch]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from distattn.kernels.contract import Scores
 from distattn.parallel.comm import Communicator
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
@@ -31,6 +32,7 @@ class RankPlan:
     backward: Plan
     digest: bytes
     _programs: dict[Shape, tuple[Program, Program]] = field(default_factory=dict)
+    _agreed: set[tuple[Shape, Scores]] = field(default_factory=set)
 
     @property
     def layout(self) -> Layout:
@@ -45,15 +47,18 @@ class RankPlan:
         """Rows of this rank's shard."""
         return self.layout.rows(self.rank)
 
-    def programs(self, shape: Shape, communicator: Communicator) -> tuple[Program, Program]:
+    def programs(self, shape: Shape, scores: Scores, communicator: Communicator) -> tuple[Program, Program]:
         """The compiled forward and backward program for a shape; the first time all ranks compare what they ask for.
 
         Raises:
             PlanMismatch: naming the ranks that ask for another shape or plan.
         """
-        if shape not in self._programs:
+        if (shape, scores) not in self._agreed:
             said = f"heads {shape.heads}:{shape.kv_heads}, head sizes {shape.d} and {shape.d_v}, {shape.dtype}, home {shape.home}"
+            said += f", scale {scores.scale}, softcap {scores.softcap}"
             agree(communicator, self.digest, said, "this attention call")
+            self._agreed.add((shape, scores))
+        if shape not in self._programs:
             keep = {(What(what), owner) for _, owner, _, _, what in self.backward.kept.tolist()}
             forward = compile_program(self.forward, shape, keep)
             self._programs[shape] = forward, compile_program(self.backward, shape, forward=forward)
@@ -98,7 +103,7 @@ def agree(communicator: Communicator, digest: bytes, said: str, subject: str) ->
     raise PlanMismatch(
         f"The ranks of this group do not agree on {subject}; going on would hang or mix up data.\n"
         + "\n".join(lines)
-        + "\nPass every rank the same mask, schedule, heads, head sizes and dtype."
+        + "\nPass every rank the same mask, schedule, heads, head sizes and dtype, scale and softcap."
     )
 
 

@@ -41,6 +41,8 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str, str]] = {
     "head size": ({"d": 4}, "head sizes 8 and 8", "head sizes 4 and 4"),
     "dtype": ({"dtype": torch.float64}, "torch.float32", "torch.float64"),
     "home": ({"home": torch.bfloat16}, "home None", "home torch.bfloat16"),
+    "softcap": ({"softcap": 5.0}, "softcap 0.0", "softcap 5.0"),
+    "scale": ({"scale": 2.0}, "scale 0.35", "scale 2.0"),
 }
 
 
@@ -50,6 +52,8 @@ def call(
     heads: int = 2,
     d: int = 8,
     dtype: torch.dtype = torch.float32,
+    scale: float | None = None,
+    softcap: float = 0.0,
     **options: Any,
 ) -> str:
     """Plans and attends once; the words of the refusal."""
@@ -57,7 +61,7 @@ def call(
     try:
         plan = cp.plan(mask or distattn.causal(TOKENS))
         q, k = (torch.ones(plan.rows, h, d, dtype=dtype) for h in (heads, 2))
-        cp.attention(q, k, k, plan)
+        cp.attention(q, k, k, plan, scale=scale, softcap=softcap)
     except PlanMismatch as error:
         return str(error)
     return "no error"
@@ -78,7 +82,9 @@ def check_mismatches(ranks: list[dict[str, str]]) -> None:
         for name, text in said.items():
             _, usual, odd = DIFFERENT[name]
             lines = text.splitlines()
-            subject = "this attention call" if name in ("heads", "head size", "dtype", "home") else "this plan"
+            subject = (
+                "this attention call" if name in ("heads", "head size", "dtype", "home", "softcap", "scale") else "this plan"
+            )
             assert lines[0].startswith(f"The ranks of this group do not agree on {subject}; going on would hang"), text
             assert lines[1].startswith("  ranks 0, 2: ") and usual in lines[1], text
             assert lines[2].startswith("  rank 1: ") and odd in lines[2], text
