@@ -61,7 +61,7 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)  # can only be a damaged one: resume goes on from every other
             os.replace(partial, final)
             _sync(self.folder)
-            self._remove_old()
+            self._remove_old(progress["step"])
         _barrier()
         return final
 
@@ -86,11 +86,15 @@ class Checkpoints:
 
     def _all(self) -> list[Path]:
         """Newest first, by rank 0's view of the folder: all ranks must go through the same list."""
-        found = sorted((path for path in self.folder.glob("step_*") if path.suffix != ".tmp"), key=_step, reverse=True)
-        return _gather(found)[0]
+        return _gather(self._list()[::-1])[0]
 
-    def _remove_old(self) -> None:
-        for path in sorted((p for p in self.folder.glob("step_*") if p.suffix != ".tmp"), key=_step)[: -self.keep]:
+    def _list(self) -> list[Path]:
+        """Oldest first. Other names are the user's: a copy under another name is neither read nor removed."""
+        return sorted((path for path in self.folder.glob("step_*") if _step(path) >= 0 and path.is_dir()), key=_step)
+
+    def _remove_old(self, saved: int) -> None:
+        """One of a later step than ``saved`` is damaged (resume passed it over): it does not count, and waits for its step."""
+        for path in [path for path in self._list() if _step(path) <= saved][: -self.keep]:
             shutil.rmtree(path)
         for path in self.folder.glob("step_*.tmp"):  # left by a run that was killed while it saved
             shutil.rmtree(path)

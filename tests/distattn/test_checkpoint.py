@@ -66,6 +66,24 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000002", "step_000003"]
 
 
+def test_a_damaged_one_of_a_later_step_displaces_no_whole_one(tmp_path: Path) -> None:
+    saved(tmp_path, 20, 30, keep=2)
+    truncate(tmp_path / "step_000030")
+    checkpoints = saved(tmp_path, 25, keep=1)
+    assert checkpoints.newest()[0] == tmp_path / "step_000025"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000025", "step_000030"]
+    assert saved(tmp_path, 35, keep=1).newest() == (tmp_path / "step_000035", [])
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000035"]
+
+
+def test_copies_under_other_names_are_left_alone(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    shutil.copytree(tmp_path / "step_000001", tmp_path / "step_000001_best")
+    (tmp_path / "step_notes.txt").write_text("the best so far")
+    assert saved(tmp_path, 2, keep=1).newest() == (tmp_path / "step_000002", [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001_best", "step_000002", "step_notes.txt"]
+
+
 def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 2)
     os.rename(tmp_path / "step_000002", tmp_path / "step_10000000")
