@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import zlib
 from collections.abc import Iterable
@@ -29,16 +30,21 @@ from torch import Tensor
 from distattn.loss import IGNORED
 
 FORMAT = 1
+FILES = ("meta.json", "documents.bin", "tokens.bin")
 
 
 def write_tokens(path: str | Path, documents: Iterable[np.ndarray], vocab_size: int, tokenizer: str) -> dict[str, Any]:
     """Writes a token file; ``path`` appears only when it is whole. Returns its meta.
 
     documents are integer arrays; empty ones are left out. Raises ValueError where there is not one token, or where a
-    token is not in the vocabulary.
+    token is not in the vocabulary. A token file that is there is replaced, anything else is refused.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    if path.exists() and not _only_tokens(path):
+        raise ValueError(f"{path} is there and is not a token file: it would be lost. Name a new folder, or remove it yourself.")
+    # The process number alone comes again: in a container it is often the same on every start and on every machine.
+    partial = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         meta = _write_folder(partial, documents, vocab_size, tokenizer)
@@ -48,6 +54,10 @@ def write_tokens(path: str | Path, documents: Iterable[np.ndarray], vocab_size: 
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return meta
+
+
+def _only_tokens(path: Path) -> bool:
+    return path.is_dir() and {inside.name for inside in path.iterdir()} <= set(FILES)
 
 
 def _write_folder(folder: Path, documents: Iterable[np.ndarray], vocab_size: int, tokenizer: str) -> dict[str, Any]:
@@ -112,7 +122,7 @@ def open_tokens(path: str | Path, verify: bool = True) -> TokenFile:
     Raises ValueError where the folder is missing, incomplete, truncated or altered.
     """
     path = Path(path)
-    missing = [name for name in ("meta.json", "documents.bin", "tokens.bin") if not (path / name).is_file()]
+    missing = [name for name in FILES if not (path / name).is_file()]
     if missing:
         raise ValueError(f"{path} is not a token file: {', '.join(missing)} missing. Make one with launch/prepare.py.")
     meta = _read_meta(path)

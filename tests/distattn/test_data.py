@@ -147,6 +147,29 @@ def test_nothing_is_written_from_bad_documents(tmp_path: Path, documents: list[l
     assert not list(tmp_path.iterdir())
 
 
+def test_only_a_token_file_is_replaced(tmp_path: Path) -> None:
+    tokens, texts = tmp_path / "tokens", tmp_path / "texts"
+    texts.mkdir()
+    (texts / "novel.txt").write_text("the only copy")
+    for path in (texts, texts / "novel.txt"):
+        with pytest.raises(ValueError, match="is not a token file: it would be lost"):
+            write_tokens(path, [np.array([1])], 256, "byte")
+    assert (texts / "novel.txt").read_text() == "the only copy"
+    for token in (1, 2):
+        write_tokens(tokens, [np.array([token])], 256, "byte")
+    assert open_tokens(tokens).tokens.tolist() == [2]
+
+
+def test_what_a_killed_preparation_left_does_not_stop_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as killed:
+        killed.setattr("shutil.rmtree", lambda *_, **__: None)  # it had no time to remove its folder
+        with pytest.raises(ValueError, match="vocabulary"):
+            write_tokens(tmp_path / "tokens", [np.array([300])], 256, "byte")
+    assert len(list(tmp_path.iterdir())) == 1
+    write_tokens(tmp_path / "tokens", [np.array([7])], 256, "byte")
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
+
+
 def flip(path: Path, place: int) -> None:
     raw = bytearray(path.read_bytes())
     raw[place] ^= 1
