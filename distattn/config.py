@@ -7,6 +7,7 @@ here, before any process group starts: unknown keys, wrong types, names that do 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ SCHEDULES = ("ring", "zigzag", "striped")
 DTYPES = ("float32", "float64", "bfloat16")
 BACKENDS = ("triton", "aten", "reference")
 DEVICES = ("auto", "cpu", "cuda")
+LONGEST_TIMEOUT = 31_536_000  # clocks of process groups overflow somewhere above
 CHECKPOINTING = ("none", "full", "selective")
 
 
@@ -216,6 +218,9 @@ def _type_message(error: Any, origin: str) -> str:
 
 def check(config: Config, world_size: int) -> None:
     """Refuses combinations that cannot run on ``world_size`` ranks."""
+    for name, value, _ in describe(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}={value} is not a finite number.")
     check_model(config.model)
     check_data(config.data)
     check_train(config.train)
@@ -224,6 +229,10 @@ def check(config: Config, world_size: int) -> None:
     _at_least("checkpoint.keep", config.checkpoint.keep, 1)
     if not config.out:
         raise ValueError("out is empty: name a folder for checkpoints, metrics and the plot, for example out=runs/first.")
+    if config.compare and not Path(config.compare).is_file():
+        raise ValueError(
+            f"compare={config.compare} is no file. Name the metrics.jsonl of a run that is there, or leave it empty."
+        )
 
 
 def check_model(model: ModelConfig) -> None:
@@ -263,6 +272,7 @@ def check_train(train: TrainConfig) -> None:
         _at_least(f"train.{name}", getattr(train, name), 1)
     for name in ("warmup_steps", "eval_every", "eval_sequences", "loss_rows", "learning_rate", "weight_decay", "clip_norm"):
         _at_least(f"train.{name}", getattr(train, name), 0)
+    _at_least("train.epsilon", train.epsilon, 0)
     _one_of("train.device", train.device, DEVICES)
     if train.warmup_steps > train.steps:
         raise ValueError(
@@ -286,8 +296,11 @@ def check_parallel(config: Config, world_size: int) -> None:
     _one_of("parallel.gather_dtype", parallel.gather_dtype, ("", *DTYPES))
     _at_least("parallel.dp", parallel.dp, 1)
     _at_least("parallel.cp", parallel.cp, 0)
-    if parallel.timeout <= 0:
-        raise ValueError(f"parallel.timeout={parallel.timeout} must be positive: seconds a rank waits for another.")
+    if not 0 < parallel.timeout <= LONGEST_TIMEOUT:
+        raise ValueError(
+            f"parallel.timeout={parallel.timeout} must be positive and at most {LONGEST_TIMEOUT} (a year): seconds a rank waits "
+            "for another."
+        )
     if world_size % parallel.dp:
         raise ValueError(f"{world_size} ranks cannot be split into parallel.dp={parallel.dp} groups of one size.")
     cp = context_ranks(config, world_size)

@@ -53,6 +53,11 @@ def test_the_file_is_read_and_words_come_after_it(file: Path) -> None:
         ("data.path=", "data.path is empty"),
         ("checkpoint.keep=0", "at least 1"),
         ("parallel.timeout=0", "positive"),
+        ("parallel.timeout=1e30", "at most"),
+        ("parallel.timeout=inf", "parallel.timeout=inf is not a finite number"),
+        ("model.rope_theta=nan", "model.rope_theta=nan is not a finite number"),
+        ("train.epsilon=-1", "train.epsilon=-1.0 must be at least 0"),
+        ("compare=runs/nowhere/metrics.jsonl", "compare=runs/nowhere/metrics.jsonl is no file"),
         ("out=", "out is empty"),
     ],
 )
