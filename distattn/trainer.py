@@ -63,6 +63,7 @@ class Trainer:
                 if last or (train.eval_every and self.step % train.eval_every == 0):
                     held_out_loss = self._report_evaluation()
                 if last or (every and self.step % every == 0):
+                    self._refuse_not_finite(loss, norm)  # checkpoints of a run that is lost would displace those from before
                     self._save()
         return self._finish(held_out_loss)
 
@@ -142,9 +143,8 @@ class Trainer:
         return contextlib.nullcontext()
 
     def _report(self, loss: Tensor, norm: Tensor) -> None:
+        self._refuse_not_finite(loss, norm)
         value, train = loss.item(), self.config.train
-        if not math.isfinite(value):
-            raise FloatingPointError(f"The loss of step {self.step} is {value}. Lower train.learning_rate or train.clip_norm.")
         steps, seconds = self.pace.lap(self.step)
         values = {
             "loss": value,
@@ -157,6 +157,13 @@ class Trainer:
         self.say(progress_line(self.step, train.steps, values, self.pace.seconds_a_step * (train.steps - self.step)))
         if self.metrics:
             self.metrics.write(self.step, values)
+
+    def _refuse_not_finite(self, loss: Tensor, norm: Tensor) -> None:
+        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+            raise FloatingPointError(
+                f"The loss of step {self.step} is {loss.item()} and its gradient {norm.item()} long. "
+                "Lower train.learning_rate or train.clip_norm."
+            )
 
     def _report_evaluation(self) -> float | None:
         loss = self.evaluate()

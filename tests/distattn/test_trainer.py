@@ -153,6 +153,16 @@ def test_a_loss_that_is_not_a_number_ends_the_run(folder: Path) -> None:
         run(small_config(folder, train__learning_rate=1e30, train__clip_norm=0.0))
 
 
+def test_a_run_that_is_lost_leaves_the_checkpoints_from_before(folder: Path) -> None:
+    """Also where it would not have said its loss for many steps yet."""
+    result, expected, _ = run(small_config(folder, train__steps=2))
+    saving = {"checkpoint__every": 2, "train__log_every": 50, "train__steps": 20}
+    with pytest.raises(FloatingPointError, match="The loss of step 4 is .* and its gradient nan long"):
+        run(small_config(folder, train__learning_rate=1e30, train__clip_norm=0.0, **saving))
+    assert [path.name for path in result.checkpoint.parent.iterdir()] == [result.checkpoint.name]
+    assert all(torch.equal(expected[name], found) for name, found in trainer(small_config(folder)).model.named_parameters())
+
+
 @pytest.fixture
 def attention_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each time that attention was computed forward."""
