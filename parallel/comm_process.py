@@ -11,6 +11,7 @@ error; the rank raises it at its next `post` or `wait`. A rank that is stuck in 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import time
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -66,12 +67,12 @@ class ProcessCommunicator:
         self._gave_up: PeerError | None = None
         self.backend = _backend_of(parent)
         self._members = dist.get_process_group_ranks(parent)
-        # The order of the given group is ours; torch sorts the members of new groups.
-        self._place = [sorted(self._members).index(member) for member in self._members]
-        self._control = self._new_group("gloo", SETUP_SECONDS)
-        self._watch = Watch(open_store(self._control.group_name), self.rank, self.world)
-        patience = timeout + NCCL_GRACE_SECONDS if self.backend == "nccl" else SETUP_SECONDS
-        self._groups = [self._new_group(self.backend, patience) for _ in range(lanes)]
+        self._name = _name_for(parent, self._members, self.rank)
+        self._control = self._gloo_group("control")
+        self._watch = Watch(open_store(self._name), self.rank, self.world)
+        self._groups: list[Any] = []  # ProcessGroupGloo or ProcessGroup
+        for lane in range(lanes):
+            self._groups.append(self._nccl_group() if self.backend == "nccl" else self._gloo_group(f"lane {lane}"))
         self._flights: _Flights | None = None
         if self.backend == "nccl":
             self._flights = _Flights(self._watch, lanes, timeout)
@@ -131,25 +132,37 @@ class ProcessCommunicator:
 
     def close(self) -> None:
         self._watch.close()
-        groups, self._groups = [*self._groups, self._control], []
-        for group in groups:
+        groups, self._groups = self._groups, []
+        for group in groups if self.backend == "nccl" else ():  # the others end with their last reference
             with suppress(ValueError):  # gone already, with the whole world or by an earlier call
                 if self._watch.failure is None:
                     dist.destroy_process_group(group)
                 else:
                     dist.distributed_c10d._abort_process_group(group)  # NCCL would wait for what never comes
 
-    def _new_group(self, backend: str, patience: float) -> dist.ProcessGroup:
+    def _gloo_group(self, purpose: str) -> dist.ProcessGroupGloo:
+        """A group that torch's registry does not know: its names depend on how many other groups a rank is in."""
+        store = dist.PrefixStore(f"distattn/{self._name}/{purpose}", dist.distributed_c10d._get_default_store())
+        try:
+            return dist.ProcessGroupGloo(store, self.rank, self.world, timedelta(seconds=SETUP_SECONDS))
+        except RuntimeError as error:
+            raise self._nobody_came("gloo", SETUP_SECONDS, error) from error
+
+    def _nccl_group(self) -> dist.ProcessGroup:
+        patience = self.timeout + NCCL_GRACE_SECONDS
         try:
             return dist.new_group(
-                self._members, timeout=timedelta(seconds=patience), backend=backend, use_local_synchronization=True
+                self._members, timeout=timedelta(seconds=patience), backend="nccl", use_local_synchronization=True
             )
         except RuntimeError as error:
-            raise PeerError(
-                f"rank {self.rank}: no {backend} group of the ranks {self._members} came about within {patience:g} s: {error}. "
-                "All of them, and no others, have to create the communicator.",
-                self.rank,
-            ) from error
+            raise self._nobody_came("nccl", patience, error) from error
+
+    def _nobody_came(self, backend: str, patience: float, error: RuntimeError) -> PeerError:
+        return PeerError(
+            f"rank {self.rank}: no {backend} group of the ranks {self._members} came about within {patience:g} s: {error}. "
+            "All of them, and no others, have to create the communicator.",
+            self.rank,
+        )
 
     def _share(self, given: Tensor, sizes: Sequence[int], awaited: Awaited, control: bool) -> list[Tensor]:
         """Every rank's bytes, in rank order, each straight from its owner."""
@@ -165,18 +178,16 @@ class ProcessCommunicator:
             self.post(0, sends, receives, awaited).wait()
         return parts
 
-    def _post_gloo(
-        self, group: dist.ProcessGroup, lane: str, sends: Messages, receives: Messages, awaited: Awaited
-    ) -> _GlooPending:
+    def _post_gloo(self, group: Any, lane: str, sends: Messages, receives: Messages, awaited: Awaited) -> _GlooPending:
         # Straight to the group: batch_isend_irecv is the same calls in a loop here, with checks that cost more than the calls.
         flights = []
         is_send, peer, tensor = False, 0, None
         try:
             for peer, tensor in receives:
-                flights.append(_Message(group.recv([tensor], self._place[peer], 0), False, peer, tensor))
+                flights.append(_Message(group.recv([tensor], peer, 0), False, peer, tensor))
             is_send = True
             for peer, tensor in sends:
-                flights.append(_Message(group.send([tensor], self._place[peer], 0), True, peer, tensor))
+                flights.append(_Message(group.send([tensor], peer, 0), True, peer, tensor))
         except RuntimeError as error:
             assert tensor is not None
             what = f"could not start {_errand(is_send, peer, tensor)} ({lane})"
@@ -277,6 +288,14 @@ class _Flights:
                 self._watch.failure = self._watch.explain(flight.awaited, flight.peers, what, "It has not finished")
                 complain(self._watch.failure)
         self._watch.waiting_for = tuple(waiting)
+
+
+def _name_for(parent: dist.ProcessGroup, members: Sequence[int], rank: int) -> str:
+    """The same on all members: of their group, and of which communicator over it this is."""
+    digest = hashlib.blake2b(repr(list(members)).encode(), digest_size=8).hexdigest()
+    name = f"{parent.group_name}/{digest}"
+    store = dist.distributed_c10d._get_default_store()
+    return f"{name}/{store.add(f'distattn/{name}/made by {rank}', 1)}"
 
 
 def _backend_of(group: dist.ProcessGroup) -> str:

@@ -111,6 +111,21 @@ def test_context_groups_side_by_side(gloo: Pool, own_groups: bool) -> None:
     assert results == [([1, 0, 1], [b"0", b"1"]), ([0, 1, 0], [b"0", b"1"]), ([1, 0, 1], [b"2", b"3"]), ([0, 1, 0], [b"2", b"3"])]
 
 
+def among_other_groups(rank: int, world: int) -> list[int]:
+    """Rank 0 is in a group more than rank 1 (as with tied embeddings of a pipeline), and one communicator follows another."""
+    dist.new_group([0])
+    seen = []
+    for _ in range(3):
+        communicator = ProcessCommunicator(timeout=60.0)
+        seen += ring(communicator, 2)
+        communicator.close()
+    return seen
+
+
+def test_other_groups_and_earlier_communicators_do_not_matter(gloo: Pool) -> None:
+    assert gloo(2).run(among_other_groups) == [[1, 0] * 3, [0, 1] * 3]
+
+
 def outsider(rank: int, world: int) -> str:
     group = dist.new_group([0])
     try:
