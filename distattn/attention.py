@@ -126,6 +126,8 @@ class ContextParallel:
         Raises:
             PlanMismatch: naming the ranks that came with something else.
         """
+        if not isinstance(mask, Mask):
+            raise ValueError(f"plan() needs a mask, such as distattn.causal(n) or distattn.documents(lengths). Found {mask!r}.")
         found = self._plans.get(mask.digest)
         if found is None:
             made = make_rank_plan(self.communicator, mask, self.schedule, self.keep, self.pad_to_equal, distattn.__version__)
@@ -136,6 +138,10 @@ class ContextParallel:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(mask.digest)
         return found
+
+    def close(self) -> None:
+        """Releases the groups and the watcher of this rank. Plans of this object cannot attend any more."""
+        self.communicator.close()
 
     def shard_batch(self, tokens: Tensor, plan: AttentionPlan) -> Batch:
         """Local rows of ``tokens`` [N] or [B, N] (the same on every rank), their labels and positions.
@@ -184,6 +190,8 @@ class ContextParallel:
             if isinstance(value, Tensor) or value not in (None, False, 0.0):
                 said = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
                 raise ValueError(f"attention was asked for {name}={said}, which is not supported: {UNSUPPORTED[name]}.")
+        if not isinstance(plan, AttentionPlan) or plan.session.executor is not self._executor:
+            raise ValueError(f"attention() needs a plan that this ContextParallel made with plan(mask). Found {plan!r}.")
         format = format or ("thd" if q.dim() == 3 else "bshd")
         _check(q, k, v, sinks, softcap, format)
         batch = 1 if format == "thd" else q.shape[0] if format == "bshd" else q.shape[1]
@@ -271,7 +279,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, softcap: float
         raise ValueError("q, k and v are on the meta device, which has no data to attend with. Move them to a real device first.")
     if sinks is not None and (sinks.dim() != 1 or sinks.shape[0] != h_q or sinks.device != q.device):
         raise ValueError(f"sinks must be [{h_q}] on {q.device}, one per query head. Found {list(sinks.shape)} on {sinks.device}.")
-    if softcap < 0:
+    if h_q == 0 or q.shape[-1] == 0 or v.shape[-1] == 0:
+        raise ValueError(f"q, k and v need at least one head and one channel. {_found(q, k, v)}.")
+    if not 0 <= softcap < float("inf"):
         raise ValueError(f"softcap must be 0 (none) or positive. Found {softcap}.")
 
 

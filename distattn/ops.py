@@ -20,6 +20,7 @@ from torch import Tensor
 from distattn.kernels import Choice, choose
 from distattn.kernels.contract import Backend, Scores, accumulate_dtype
 from distattn.parallel.executor import Executor
+from distattn.parallel.program import Program
 from distattn.parallel.rank_plan import RankPlan
 from distattn.parallel.shape import Shape
 
@@ -38,7 +39,11 @@ class Kernels:
         chosen = self.chosen.get(kind)
         if chosen is None or chosen.backend.reject(q, k, v, scores) is not None:  # a scale or a stride may be refused later
             choice = self.chosen[kind] = choose(q, k, v, scores, self.prefer)
-            logger.info("attention of %s runs on %s%s", kind, choice.backend.name, "".join(f"; not {r}" for r in choice.reasons))
+            slow = choice.backend.name == "reference" and self.prefer is None
+            reasons = "".join(f"; not {r}" for r in choice.reasons)
+            logger.log(
+                logging.WARNING if slow else logging.INFO, "attention of %s runs on %s%s", kind, choice.backend.name, reasons
+            )
         return self.chosen[kind].backend
 
 
@@ -90,8 +95,9 @@ class Handles:
 HANDLES = Handles()  # operators see numbers only, so this one table is global
 
 
-def _shape(q: Tensor, k: Tensor, v: Tensor, session: Session) -> Shape:
-    return Shape(q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.dtype, session.home)
+def _programs(session: Session, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores) -> tuple[Program, Program]:
+    shape = Shape(q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.dtype, session.home)
+    return session.plan.programs(shape, scores, sinks is not None, session.executor.communicator)
 
 
 @torch.library.custom_op("distattn::attention", mutates_args=())
@@ -101,7 +107,7 @@ def attention(
     """Local rows in, (out, lse, kept bytes) of local rows out. See :class:`distattn.ContextParallel`."""
     session = HANDLES[handle]
     scores = Scores(scale, softcap)
-    program, _ = session.plan.programs(_shape(q, k, v, session), scores, session.executor.communicator)
+    program, _ = _programs(session, q, k, v, sinks, scores)
     return session.executor.forward(program, session.kernels(q, k, v, scores), q, k, v, scores, sinks)
 
 
@@ -130,7 +136,7 @@ def attention_backward(
     """Gradients of q, k, v and of the sinks (of this rank's rows; empty without sinks)."""
     session = HANDLES[handle]
     scores = Scores(scale, softcap)
-    _, program = session.plan.programs(_shape(q, k, v, session), scores, session.executor.communicator)
+    _, program = _programs(session, q, k, v, sinks, scores)
     dtype = program.shape.accumulate
     if dout is None:
         dout = torch.zeros_like(out)

@@ -120,6 +120,11 @@ class Unshard(torch.autograd.Function):
 
 def gather(local: Tensor, rows: LocalRows, communicator: Communicator, dim: int) -> Tensor:
     """All ranks' rows along ``dim`` in global order, padding dropped."""
+    if local.shape[dim] != rows.layout.rows(rows.rank):
+        raise ValueError(
+            f"Rank {rows.rank} holds {rows.layout.rows(rows.rank)} rows of {rows.layout!r}, found {local.shape[dim]} along "
+            f"dim {dim} of a tensor of shape {list(local.shape)}. Pass local rows, and name their dim."
+        )
     moved = local.movedim(dim, 0).contiguous()
     shards = communicator.all_gather_rows(moved, rows.layout.rows_all.tolist())
     return rows.layout.unshard(shards, 0).movedim(0, dim).contiguous()

@@ -133,14 +133,13 @@ class Executor:
     ) -> None:
         """One pass. An error is published, so that the peers that wait for this rank name its cause."""
         self.calls += 1
-        bound = self._bind(program, device, kept)
         try:
+            bound = self._bind(program, device, kept)
             self._pass(program, bound, own, compute)
+            bound.forget(program)
         except BaseException as error:
             self.communicator.fail(error)
             raise
-        finally:
-            bound.forget(program)
 
     def _pass(
         self,
@@ -246,6 +245,7 @@ class Executor:
                 continue
             memory = kept[old.stretch.place : old.stretch.place + old.stretch.size]
             for source, target in zip((part.view(memory) for part in old.parts), bound.tensors[id(new)], strict=True):
+                target.zero_()  # rows that are still to come may be loaded with their tile
                 for start, stop in zip(old.packing.start, old.packing.stop, strict=True):
                     a, b = old.packing.row(start, stop), new.packing.row(start, stop)
                     target[b : b + stop - start].copy_(source[a : a + stop - start])

@@ -224,9 +224,9 @@ def compile_program(plan: Plan, shape: Shape, keep: Iterable[tuple[What, int]] =
         posts[batch.post].append(batch)
         waits[batch.need].append(batch)
     zeros: list[list[Buffer]] = [[] for _ in range(2 * plan.stages + 2)]
+    with_contents = {id(new) for _, new in restored}
     for buffer in buffers.values():
-        restored_here = forward is not None and buffer.kept  # it comes with the forward pass's contents
-        if buffer.zero_at is not None and not restored_here:
+        if buffer.zero_at is not None and id(buffer) not in with_contents:
             zeros[buffer.zero_at].append(buffer)
     kept_bytes = 0
     for buffer in buffers.values() if forward is None else ():

@@ -32,7 +32,7 @@ class RankPlan:
     backward: Plan
     digest: bytes
     _programs: dict[Shape, tuple[Program, Program]] = field(default_factory=dict)
-    _agreed: set[tuple[Shape, Scores]] = field(default_factory=set)
+    _agreed: set[tuple[Shape, Scores, bool]] = field(default_factory=set)
 
     @property
     def layout(self) -> Layout:
@@ -47,17 +47,17 @@ class RankPlan:
         """Rows of this rank's shard."""
         return self.layout.rows(self.rank)
 
-    def programs(self, shape: Shape, scores: Scores, communicator: Communicator) -> tuple[Program, Program]:
+    def programs(self, shape: Shape, scores: Scores, sinks: bool, communicator: Communicator) -> tuple[Program, Program]:
         """The compiled forward and backward program for a shape; the first time all ranks compare what they ask for.
 
         Raises:
             PlanMismatch: naming the ranks that ask for another shape or plan.
         """
-        if (shape, scores) not in self._agreed:
+        if (shape, scores, sinks) not in self._agreed:
             said = f"heads {shape.heads}:{shape.kv_heads}, head sizes {shape.d} and {shape.d_v}, {shape.dtype}, home {shape.home}"
-            said += f", scale {scores.scale}, softcap {scores.softcap}"
+            said += f", scale {scores.scale}, softcap {scores.softcap}, {'with' if sinks else 'no'} sinks"
             agree(communicator, self.digest, said, "this attention call")
-            self._agreed.add((shape, scores))
+            self._agreed.add((shape, scores, sinks))
         if shape not in self._programs:
             keep = {(What(what), owner) for _, owner, _, _, what in self.backward.kept.tolist()}
             forward = compile_program(self.forward, shape, keep)
@@ -103,7 +103,7 @@ def agree(communicator: Communicator, digest: bytes, said: str, subject: str) ->
     raise PlanMismatch(
         f"The ranks of this group do not agree on {subject}; going on would hang or mix up data.\n"
         + "\n".join(lines)
-        + "\nPass every rank the same mask, schedule, heads, head sizes and dtype, scale and softcap."
+        + "\nPass every rank the same mask, schedule, heads, head sizes and dtype, scale, softcap and sinks."
     )
 
 
