@@ -88,7 +88,7 @@ class ContextParallel:
         home: torch.dtype | None = None,
         pad_to_equal: bool = False,
         timeout: float = 600.0,
-        cached_plans: int = 64,
+        cached_plans: int = 32,
         communicator: Communicator | None = None,
     ):
         if schedule not in SCHEDULES:

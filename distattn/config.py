@@ -78,7 +78,7 @@ class TrainConfig:
     log_every: int = key(1, "steps between progress lines")
     eval_every: int = key(0, "steps between evaluations; 0 evaluates at the end only")
     eval_sequences: int = key(4, "held-out sequences of one evaluation; 0 never evaluates")
-    tensorboard: bool = key(False, "write TensorBoard files too (an optional package)")
+    tensorboard: bool = key(False, "write TensorBoard files too")
 
 
 @dataclass

@@ -115,6 +115,14 @@ class TokenFile:
         """What a token is called in messages."""
         return "byte" if self.meta["tokenizer"] == "byte" else "token"
 
+    def check_vocabulary(self, size: int) -> None:
+        """ValueError where a model of ``size`` tokens has no row for some of these."""
+        if self.meta["vocab_size"] > size:
+            raise ValueError(
+                f"{self.path} was made with {self.meta['vocab_size']} tokens, but model.vocab_size={size}. "
+                f"Use model.vocab_size={self.meta['vocab_size']} or more."
+            )
+
 
 def open_tokens(path: str | Path, verify: bool = True) -> TokenFile:
     """Opens a token file. Sizes and boundaries are always checked; ``verify`` reads all tokens for their checksum.
@@ -149,6 +157,11 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise ValueError(_damaged(path / "meta.json", f"it is not readable: {error}")) from None
     if absent:
         raise ValueError(_damaged(path / "meta.json", f"{', '.join(absent)} missing"))
+    counts = ("vocab_size", "tokens", "documents", "tokens_crc32", "documents_crc32")
+    wrong = [name for name in counts if type(meta[name]) is not int or meta[name] < 0]
+    if wrong or meta["dtype"] not in ("uint8", "uint16", "uint32"):
+        name = wrong[0] if wrong else "dtype"
+        raise ValueError(_damaged(path / "meta.json", f"{name} is {meta[name]!r}"))
     if meta["format"] != FORMAT:
         raise ValueError(f"{path} has format {meta['format']}, this version reads format {FORMAT}. Prepare it again.")
     return meta

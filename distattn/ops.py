@@ -61,7 +61,7 @@ class Handles:
     """Sessions by number. A session stays as long as its plan is held; the last ``capacity`` that were used stay in any case, so
     that what a backward pass needs outlives its caller."""
 
-    def __init__(self, capacity: int = 256):
+    def __init__(self, capacity: int = 64):
         self.capacity = capacity
         self._sessions: WeakValueDictionary[int, Session] = WeakValueDictionary()
         self._recent: OrderedDict[int, Session] = OrderedDict()

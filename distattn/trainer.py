@@ -133,6 +133,7 @@ class Trainer:
         refuse_other_run(path, "model", progress["model"], asdict(self.config.model))
         refuse_other_run(path, "data", progress["data"], self.packer.identity())
         self.checkpoints.load(path, self.model, self.optimizer)
+        set_options(self.optimizer, self.config.train)  # the checkpoint brings those of the run before
         self.step, self.next_sequence = progress["step"], progress["next_sequence"]
         self.say(f"resumed at step {self.step} from {path}")
         return path
@@ -198,11 +199,7 @@ def make_packers(config: Config) -> tuple[Packer, Packer | None]:
     """Sequences to train on, and held-out ones (None where nothing is held out)."""
     data = config.data
     file = open_tokens(data.path, verify=False)  # launch/train.py has verified it, once a machine
-    if file.meta["vocab_size"] > config.model.vocab_size:
-        raise ValueError(
-            f"{file.path} was made with {file.meta['vocab_size']} tokens, but model.vocab_size={config.model.vocab_size}. "
-            f"Use model.vocab_size={file.meta['vocab_size']} or more."
-        )
+    file.check_vocabulary(config.model.vocab_size)
     training, held_out = split(file.meta["documents"], data.held_out, data.seed)
     options = (data.sequence_length, data.seed, data.longest_document)
     return Packer(file, training, *options), Packer(file, held_out, *options) if len(held_out) else None
@@ -211,8 +208,15 @@ def make_packers(config: Config) -> tuple[Packer, Packer | None]:
 def make_optimizer(model: Decoder, train: TrainConfig) -> torch.optim.Optimizer:
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=(train.beta1, train.beta2), eps=train.epsilon)
+    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors}], lr=train.learning_rate)
+    set_options(optimizer, train)
+    return optimizer
+
+
+def set_options(optimizer: torch.optim.Optimizer, train: TrainConfig) -> None:
+    """What AdamW takes from the configuration; only the first group, the matrices, decays."""
+    for group, decay in zip(optimizer.param_groups, (train.weight_decay, 0.0), strict=True):
+        group.update(weight_decay=decay, betas=(train.beta1, train.beta2), eps=train.epsilon)
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         if Path(asked.out).exists() and not asked.replace:
             raise ValueError(f"{asked.out} is there already. Name another folder, or add --replace.")
         meta = prepare(asked.source, asked.out, asked.tokenizer, show_progress)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(

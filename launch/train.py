@@ -6,6 +6,7 @@ any process group starts.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         run(config, place)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error on rank {place.rank}: {error}" if place.size > 1 else f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
@@ -99,6 +100,7 @@ def run(config: Config, place: Place) -> None:
 
     logging.basicConfig(format="%(message)s", level=logging.INFO if place.rank == 0 else logging.WARNING)
     device = choose_device(config.train.device, place)
+    ready_kernels(config, device)
     if place.local_rank == 0:  # the others wait for this one where the process group starts
         ready_data(config)
     if place.started_by_torchrun:
@@ -127,8 +129,24 @@ def choose_device(name: str, place: Place) -> torch.device:
     return torch.device("cuda", place.local_rank)
 
 
+def ready_kernels(config: Config, device: torch.device) -> None:
+    """Refuses a configuration whose kernels cannot run on this device."""
+    import torch
+
+    from distattn.kernels import choose
+    from distattn.kernels.contract import Scores
+
+    model = config.model
+    dtype = torch.bfloat16 if device.type == "cuda" and config.train.autocast else getattr(torch, model.dtype)
+    q, k = (torch.empty(1, heads, model.head_width, dtype=dtype, device=device) for heads in (model.heads, model.kv_heads))
+    choose(q, k, k, Scores(model.head_width**-0.5), config.parallel.backend or None)
+    if config.train.fused_loss and importlib.util.find_spec("liger_kernel") is None:
+        raise ValueError("train.fused_loss needs liger-kernel: pip install 'distattn[gpu]', or set train.fused_loss=false.")
+
+
 def ready_data(config: Config) -> None:
     """Makes the token file where it is missing and the configuration says from what; verifies it where it is there."""
+    Path(config.out).mkdir(parents=True, exist_ok=True)
     from distattn.corpus import prepare
     from distattn.data import open_tokens
 
@@ -138,8 +156,7 @@ def ready_data(config: Config) -> None:
 
         meta = prepare([data.source], data.path, data.tokenizer, show_progress)
         print(f"prepared {data.path}: {meta['tokens']:,} tokens in {meta['documents']:,} documents", flush=True)
-    else:
-        open_tokens(data.path, data.verify)
+    open_tokens(data.path, data.verify).check_vocabulary(config.model.vocab_size)
 
 
 if __name__ == "__main__":
