@@ -100,6 +100,13 @@ def test_a_tied_head_and_sharding_and_resume_on_another_number_of_ranks(folder: 
     assert found[1] == pytest.approx(expected[1], rel=1e-9)
 
 
+def test_resume_on_the_same_two_ranks_is_the_same_run_bit_by_bit(folder: Path, gloo: Pool) -> None:
+    runs: dict[str, Changes] = {"again": {"train__steps": 10, "checkpoint__every": 5}}
+    whole = gloo(2).run(losses_of_rank, str(folder), runs)
+    shutil.rmtree(folder / "2-again" / "checkpoints" / "step_000010")
+    assert gloo(2).run(losses_of_rank, str(folder), runs) == whole and len(whole[0]["again"][0]) == 10
+
+
 def test_parameters_gathered_in_bfloat16_learn_the_same(folder: Path, alone, gloo: Pool) -> None:
     runs: dict[str, Changes] = {"bfloat16": {"parallel__gather_dtype": "bfloat16"}}
     for rank in gloo(2).run(losses_of_rank, str(folder), runs, timeout=300):
