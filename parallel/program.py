@@ -7,6 +7,7 @@ tasks of stage ``b``). Places are given first-fit to what lives at the same time
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class Packing:
 
     def row(self, start: int, stop: int) -> int:
         """Where rows [start, stop) of the owner's shard begin in the packed buffer."""
-        run = int(np.searchsorted(self.start, start, side="right")) - 1
+        run = bisect_right(self.start, start) - 1
         assert run >= 0 and stop <= self.stop[run], f"rows [{start}, {stop}) are not held"
         return self.offset[run] + start - self.start[run]
 
