@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from distattn.attention import ContextParallel
+    from distattn.decode import decode_attention
+    from distattn.kv_cache import KVCache, KVShard
     from distattn.parallel.mask import causal, chunked, documents, full, prefix_lm, sliding_window, union
     from distattn.parallel.plan import Plan
     from distattn.parallel.verify import verify
@@ -18,10 +20,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ContextParallel",
+    "KVCache",
+    "KVShard",
     "Plan",
     "__version__",
     "causal",
     "chunked",
+    "decode_attention",
     "documents",
     "full",
     "prefix_lm",
@@ -32,7 +37,10 @@ __all__ = [
 
 _HOME = {
     "ContextParallel": "distattn.attention",
+    "KVCache": "distattn.kv_cache",
+    "KVShard": "distattn.kv_cache",
     "Plan": "distattn.parallel.plan",
+    "decode_attention": "distattn.decode",
     "verify": "distattn.parallel.verify",
     **dict.fromkeys(("causal", "chunked", "documents", "full", "prefix_lm", "sliding_window", "union"), "distattn.parallel.mask"),
 }
