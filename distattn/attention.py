@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,7 +20,8 @@ from distattn.parallel.executor import Executor
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
 from distattn.parallel.rank_plan import RankPlan, make_rank_plan
-from distattn.parallel.schedules import SCHEDULES
+from distattn.parallel.schedules import checked_strategy
+from distattn.parallel.strategy import Strategy
 from distattn.parallel.transpose import Keep
 from distattn.sharding import Batch, LocalRows, Shard, Unshard, local_batch
 
@@ -65,9 +66,9 @@ class ContextParallel:
 
     Args:
         group: a 1-D DeviceMesh (``mesh["cp"]``), a process group, or None for a world of one that needs no process group.
-        schedule: "zigzag" (default), "striped" or "ring".
+        schedule: a name ("zigzag", "striped", "ring", ...) or a :class:`distattn.Strategy` with its options.
         backend: "triton", "aten" or "reference" to force a kernel; None takes the best that can take the call.
-        keep: what received keys stay on a rank until the backward pass: "last" (default), "all" or "none".
+        keep: what received keys stay on a rank until the backward pass: "last", "all" or "none"; None is the strategy's.
         home: dtype in which gradients and partial results travel; None is float32, torch.bfloat16 halves the bytes.
         pad_to_equal: give every rank the same number of rows; padding rows are hidden by the mask.
         timeout: seconds after which a peer that does not answer is an error.
@@ -81,32 +82,32 @@ class ContextParallel:
     def __init__(
         self,
         group: dist.ProcessGroup | DeviceMesh | None = None,
-        schedule: str = "zigzag",
+        schedule: str | Strategy = "zigzag",
         *,
         backend: str | None = None,
-        keep: Keep = "last",
+        keep: Keep | None = None,
         home: torch.dtype | None = None,
         pad_to_equal: bool = False,
         timeout: float = 600.0,
         cached_plans: int = 32,
         communicator: Communicator | None = None,
     ):
-        if schedule not in SCHEDULES:
-            raise ValueError(f"There is no schedule {schedule!r}. Use one of {', '.join(SCHEDULES)}.")
         if backend is not None and backend not in RANKING:
             raise ValueError(
                 f"There is no backend {backend!r}. Use one of {', '.join(RANKING)}, or None for the fastest that takes the call."
             )
-        if keep not in ("last", "all", "none"):
-            raise ValueError(f"keep must be 'last', 'all' or 'none'. Found {keep!r}.")
         if home is not None and not (isinstance(home, torch.dtype) and home.is_floating_point):
             raise ValueError(f"home must be a floating-point dtype, such as torch.bfloat16, or None for float32. Found {home!r}.")
         if cached_plans < 1:
             raise ValueError(f"cached_plans must be 1 or more: the plan in use is one of them. Found {cached_plans}.")
         if group is not None and communicator is not None:
             raise ValueError("A group and a communicator were given. Pass one of them: a communicator brings its own ranks.")
+        strategy = Strategy(schedule) if isinstance(schedule, str) else schedule
+        if keep is not None:
+            strategy = replace(strategy, keep=keep)
+        checked_strategy(strategy, communicator.world if communicator else _size(group))
         self.communicator = communicator or _communicator(group, timeout)
-        self.schedule, self.keep, self.home, self.pad_to_equal = schedule, keep, home, pad_to_equal
+        self.strategy, self.home, self.pad_to_equal = strategy, home, pad_to_equal
         self.cached_plans = cached_plans
         self._executor = Executor(self.communicator)
         self._plans: OrderedDict[bytes, AttentionPlan] = OrderedDict()
@@ -130,7 +131,7 @@ class ContextParallel:
             raise ValueError(f"plan() needs a mask, such as distattn.causal(n) or distattn.documents(lengths). Found {mask!r}.")
         found = self._plans.get(mask.digest)
         if found is None:
-            made = make_rank_plan(self.communicator, mask, self.schedule, self.keep, self.pad_to_equal, distattn.__version__)
+            made = make_rank_plan(self.communicator, mask, self.strategy, self.pad_to_equal, distattn.__version__)
             session = Session(made, self._executor, self._kernels, self.home)
             found = AttentionPlan(made, LocalRows(made.layout, mask, self.rank), session, HANDLES.add(session), made.rows)
             self._plans[mask.digest] = found
@@ -208,6 +209,10 @@ class ContextParallel:
         out, lse, _ = attention_op(q, k, v, sinks, plan.handle, float(scale), float(softcap))
         out, lse = _unfold(out, format, batch), _unfold(lse, format, batch)
         return (out, lse) if return_lse else out
+
+
+def _size(group: dist.ProcessGroup | DeviceMesh | None) -> int:
+    return 1 if group is None else group.size()
 
 
 def _communicator(group: dist.ProcessGroup | DeviceMesh | None, timeout: float) -> Communicator:

@@ -2,7 +2,8 @@
 
 A shard is a list of segments, each an arithmetic progression ``start, start + step, ...`` of global positions. All
 segments of a layout share one step (a single row fits any), and those of a rank have disjoint spans in rising order, so the
-rows of a shard stand in the order of their positions. Every constructor takes any length: shards differ by at most one row.
+rows of a shard stand in the order of their positions. Every constructor takes any length: shards differ by at most
+one row, or have all the same number of rows, a multiple of ``pad_to_equal`` (0: no padding).
 """
 
 from __future__ import annotations
@@ -110,6 +111,19 @@ class Layout:
         end = np.searchsorted(starts, base + np.clip(stop, 0, self.n_tokens))
         return begin, np.where(np.asarray(first) < stop, np.maximum(begin, end), begin)
 
+    def first_and_last(self, rank: np.ndarray, first: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The first and last position that ``rank`` holds among [first, stop), int64 [n]; first > last where it holds none."""
+        begin, end = self.segments_meeting(rank, first, stop)
+        none = begin >= end
+        a, b = np.where(none, 0, begin), np.where(none, 0, end - 1)
+
+        def ceil(segment: np.ndarray, position: np.ndarray) -> np.ndarray:  # steps to the first element at or after it
+            return np.maximum(0, -((self.seg_start[segment] - position) // self.step))
+
+        low = self.seg_start[a] + self.step * ceil(a, first)
+        high = self.seg_start[b] + self.step * np.minimum(self.seg_count[b] - 1, ceil(b, stop) - 1)
+        return low, np.where(none, low - 1, high)
+
     @cached_property
     def _search_keys(self) -> tuple[np.ndarray, np.ndarray]:
         starts = self.seg_rank * (self.n_tokens + 1) + self.seg_start
@@ -173,7 +187,7 @@ class Layout:
             raise ValueError(f"rank {rank} is not in {self!r}. Ranks go from 0 to {self.world - 1}.")
 
 
-def contiguous(n: int, world: int, pad_to_equal: bool = False) -> Layout:
+def contiguous(n: int, world: int, pad_to_equal: int = 0) -> Layout:
     """One run of neighbouring positions a rank. With a causal mask the last rank does nearly twice the mean work."""
     _check_size(n, world)
     rank = np.arange(world)
@@ -181,19 +195,19 @@ def contiguous(n: int, world: int, pad_to_equal: bool = False) -> Layout:
     return _layout("contiguous", n, world, 1, rank, np.cumsum(count) - count, count, pad_to_equal)
 
 
-def zigzag(n: int, world: int, pad_to_equal: bool = False) -> Layout:
+def zigzag(n: int, world: int, pad_to_equal: int = 0) -> Layout:
     """Chunks r and 2 * world - 1 - r of 2 * world for rank r: causal work is balanced."""
     _check_size(n, world)
     return _zigzag("zigzag", np.array([n]), world, pad_to_equal)
 
 
-def striped(n: int, world: int, pad_to_equal: bool = False) -> Layout:
+def striped(n: int, world: int, pad_to_equal: int = 0) -> Layout:
     """Position p for rank p modulo world: work is balanced for causal masks, and for windows too."""
     _check_size(n, world)
     return _striped("striped", np.array([n]), world, pad_to_equal)
 
 
-def document_zigzag(lengths: Sequence[int], world: int, pad_to_equal: bool = False) -> Layout:
+def document_zigzag(lengths: Sequence[int], world: int, pad_to_equal: int = 0) -> Layout:
     """Zigzag inside each of the packed documents, for any ``lengths``; shards differ by at most one row.
 
     The rank that begins a document goes round, so that neither left-over rows nor work gather on some ranks.
@@ -203,7 +217,7 @@ def document_zigzag(lengths: Sequence[int], world: int, pad_to_equal: bool = Fal
     return _zigzag("document_zigzag", sizes, world, pad_to_equal)
 
 
-def document_striped(lengths: Sequence[int], world: int, pad_to_equal: bool = False) -> Layout:
+def document_striped(lengths: Sequence[int], world: int, pad_to_equal: int = 0) -> Layout:
     """Striped inside each of the packed documents, for any ``lengths``; shards differ by at most one row.
 
     A document goes on at the rank after the one that ended the document before it; where all ranks have the same number
@@ -214,6 +228,28 @@ def document_striped(lengths: Sequence[int], world: int, pad_to_equal: bool = Fa
     starts = np.cumsum(sizes) - sizes
     level = starts[starts % world == 0]
     return _striped("document_striped", np.diff(np.append(level, sizes.sum())), world, pad_to_equal)
+
+
+def subdivided(layout: Layout, parts: int) -> Layout:
+    """Every shard cut into ``parts`` runs of rows, as equal as they can be, for ranks ``parts * rank`` and those after it."""
+    if parts == 1:
+        return layout
+    rows = np.repeat(layout.rows_all, parts)
+    part = np.tile(np.arange(parts), layout.world)
+    begin = rows * part // parts
+    stop = rows * (part + 1) // parts
+    base = np.repeat(layout.row_ptr[:-1], parts)
+    seg_begin = layout.row_ptr[layout.seg_rank] + layout.seg_row  # rows of all shards, one after the other
+    first = np.searchsorted(seg_begin, base + begin, side="right") - 1
+    last = np.searchsorted(seg_begin, base + stop, side="left")
+    count = np.where(begin < stop, last - first, 0)
+    rank = np.repeat(np.arange(len(rows)), count)
+    segment = np.arange(len(rank)) - np.repeat(np.cumsum(count) - count, count) + first[rank]
+    low = np.maximum(seg_begin[segment], (base + begin)[rank])
+    high = np.minimum(seg_begin[segment] + layout.seg_count[segment], (base + stop)[rank])
+    start = layout.seg_start[segment] + layout.step * (low - seg_begin[segment])
+    name = f"{layout.name}/{parts}"
+    return Layout(name, layout.n_tokens, layout.n_valid, layout.world * parts, layout.step, rank, start, high - low)
 
 
 def _phases(lengths: np.ndarray, world: int) -> np.ndarray:
@@ -230,7 +266,7 @@ def _phases(lengths: np.ndarray, world: int) -> np.ndarray:
     return (starts + (golden * world >> 32)) % world
 
 
-def _striped(name: str, lengths: np.ndarray, world: int, pad_to_equal: bool) -> Layout:
+def _striped(name: str, lengths: np.ndarray, world: int, pad_to_equal: int) -> Layout:
     lengths = lengths[lengths > 0]
     rank = np.arange(world)[:, None]
     order = (rank - _phases(lengths, world)) % world  # [world, documents]: this rank's place in the document's order
@@ -240,7 +276,7 @@ def _striped(name: str, lengths: np.ndarray, world: int, pad_to_equal: bool) -> 
     return _layout(name, int(lengths.sum()), world, world, rank, start, count, pad_to_equal)
 
 
-def _zigzag(name: str, lengths: np.ndarray, world: int, pad_to_equal: bool) -> Layout:
+def _zigzag(name: str, lengths: np.ndarray, world: int, pad_to_equal: int) -> Layout:
     lengths = lengths[lengths > 0]
     rank = np.arange(world)[:, None]
     order = (rank - _phases(lengths, world)) % world  # [world, documents], as in _striped
@@ -258,15 +294,16 @@ def _zigzag(name: str, lengths: np.ndarray, world: int, pad_to_equal: bool) -> L
 
 
 def _layout(
-    name: str, n: int, world: int, step: int, rank: np.ndarray, start: np.ndarray, count: np.ndarray, pad_to_equal: bool
+    name: str, n: int, world: int, step: int, rank: np.ndarray, start: np.ndarray, count: np.ndarray, pad_to_equal: int
 ) -> Layout:
     """A layout from columns of any shape in (rank, start) order: drops empty segments, pads, joins what continues."""
     some = count > 0
     rank, start, count = rank[some], start[some], count[some]
     n_tokens = n
     if pad_to_equal:
-        rows = np.bincount(rank, count, minlength=world)
-        short = np.flatnonzero(rows < -(-n // world))
+        rows = np.bincount(rank, count, minlength=world).astype(np.int64)
+        each = -(-n // (world * pad_to_equal)) * pad_to_equal
+        short = np.repeat(np.arange(world), each - rows)
         n_tokens = n + len(short)
         rank, count = np.append(rank, short), np.append(count, np.ones_like(short))
         start = np.append(start, n + np.arange(len(short)))

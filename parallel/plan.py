@@ -45,6 +45,7 @@ TASK = ("stage", "rank", "q_owner", "q_start", "q_stop", "kv_owner", "kv_start",
 STAGE, RANK, Q_OWNER, Q_START, Q_STOP, KV_OWNER, KV_START, KV_STOP = range(8)
 TRANSFER = ("src", "dst", "owner", "start", "stop", "what", "lane", "post", "need")
 SRC, DST, OWNER, START, STOP, WHAT, LANE, POST, NEED = range(9)
+HOME_LANE = 2  # what goes home: partial results and gradients; 0 is the inner ring's, 1 the outer ring's, 3 the head exchange's
 KEPT = ("rank", "owner", "start", "stop", "what")  # runs that a backward plan finds on its ranks from the forward pass
 
 
@@ -100,6 +101,7 @@ class Plan:
         transfers: int64 [t, 9], columns ``TRANSFER``; both ends of a lane take theirs in this order.
         kept: int64 [k, 5], columns ``KEPT``. Empty in forward plans.
         buffer_bound: rows of foreign data that a rank holds at most at any time, as the schedule states it; verified.
+        bands_of: the one rank whose tasks have their bands, where a schedule was asked for no more; None: all have.
     """
 
     name: str
@@ -114,6 +116,7 @@ class Plan:
     kept: np.ndarray
     buffer_bound: int | None = None
     rank: int | None = None
+    bands_of: int | None = None
 
     @property
     def world(self) -> int:
@@ -153,11 +156,14 @@ class Plan:
         """The part that ``rank`` does, sends and receives, in the same order."""
         if self.rank is not None:
             raise ValueError(f"This plan is already the view of rank {self.rank}; take rank {rank}'s from the whole plan.")
+        if self.bands_of not in (None, rank):
+            raise ValueError(f"This plan was made with the bands of rank {self.bands_of} only; make it for rank {rank}.")
         mine = self.tasks[:, RANK] == rank
         counts = np.diff(self.band_ptr)
         return replace(
             self,
             rank=rank,
+            bands_of=None,
             tasks=self.tasks[mine],
             band_ptr=np.concatenate([[0], np.cumsum(counts[mine])]).astype(np.int64),
             bands=self.bands[np.repeat(mine, counts)],

@@ -402,6 +402,8 @@ def _launches(plan: Plan, rank: int, packings: dict[tuple[bool, int], Packing]) 
         dq = q_start if q_owner == rank else packings[False, q_owner].row(q_start, q_stop)
         dk = kv_start if kv_owner == rank else packings[True, kv_owner].row(kv_start, kv_stop)
         bands = plan.bands[plan.band_ptr[i] : plan.band_ptr[i + 1]]
+        if not len(bands):
+            continue
         tables[row[STAGE]][q_owner, kv_owner].append(shift(bands, dq, dk))
     return [[Launch(*key, Bands(np.concatenate(t))) for key, t in stage.items()] for stage in tables]
 

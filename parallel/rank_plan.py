@@ -13,9 +13,9 @@ from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
 from distattn.parallel.plan import Plan, What
 from distattn.parallel.program import Program, compile_program
-from distattn.parallel.schedules import make_plan
+from distattn.parallel.schedule import Rotation, Schedule, make_schedule
 from distattn.parallel.shape import Shape
-from distattn.parallel.transpose import Keep, transpose
+from distattn.parallel.strategy import Strategy
 
 
 class PlanMismatch(RuntimeError):
@@ -24,23 +24,26 @@ class PlanMismatch(RuntimeError):
 
 @dataclass(eq=False)
 class RankPlan:
-    """One rank's views of a forward plan and its backward plan, and their programs by shape."""
+    """One rank's views of a schedule's forward plan and of its backward plans, and their programs by shape.
+
+    With ``ulysses`` the views and programs are those of the group of ranks that share this rank's heads.
+    """
 
     rank: int
-    schedule: str
+    schedule: Schedule
     forward: Plan
-    backward: Plan
     digest: bytes
     _programs: dict[Shape, tuple[Program, Program]] = field(default_factory=dict)
     _agreed: set[tuple[Shape, Scores, bool]] = field(default_factory=set)
+    _backward: dict[Rotation, Plan] = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:
-        return self.forward.layout
+        return self.schedule.layout
 
     @property
     def mask(self) -> Mask:
-        return self.forward.mask
+        return self.schedule.mask
 
     @property
     def rows(self) -> int:
@@ -49,6 +52,9 @@ class RankPlan:
 
     def programs(self, shape: Shape, scores: Scores, sinks: bool, communicator: Communicator) -> tuple[Program, Program]:
         """The compiled forward and backward program for a shape; the first time all ranks compare what they ask for.
+
+        Args:
+            communicator: of all ranks that run these programs together.
 
         Raises:
             PlanMismatch: naming the ranks that ask for another shape or plan.
@@ -59,30 +65,38 @@ class RankPlan:
             agree(communicator, self.digest, said, "this attention call")
             self._agreed.add((shape, scores, sinks))
         if shape not in self._programs:
-            keep = {(What(what), owner) for _, owner, _, _, what in self.backward.kept.tolist()}
+            if not self._programs:
+                agree_on_messages(communicator, self.forward)
+            backward = self.backward(self.schedule.rotation(shape), communicator)
+            keep = {(What(what), owner) for _, owner, _, _, what in backward.kept.tolist()}
             forward = compile_program(self.forward, shape, keep)
-            self._programs[shape] = forward, compile_program(self.backward, shape, forward=forward)
+            self._programs[shape] = forward, compile_program(backward, shape, forward=forward)
         return self._programs[shape]
+
+    def backward(self, rotation: Rotation, communicator: Communicator) -> Plan:
+        """This rank's view of the backward plan; the first time all ranks compare its messages."""
+        if rotation not in self._backward:
+            self._backward[rotation] = view = self.schedule.backward(rotation).view(communicator.rank)
+            agree_on_messages(communicator, view)
+        return self._backward[rotation]
 
 
 def make_rank_plan(
-    communicator: Communicator, mask: Mask, schedule: str, keep: Keep = "last", pad_to_equal: bool = False, version: str = ""
+    communicator: Communicator, mask: Mask, strategy: Strategy | str, pad_to_equal: bool = False, version: str = ""
 ) -> RankPlan:
     """Plans on this rank and compares with all others, also the ``version`` of the program that asks.
 
     Raises:
-        ValueError: for an unknown schedule.
-        PlanMismatch: naming the ranks whose inputs or messages differ.
+        ValueError: for an unknown schedule or options that do not fit the world.
+        PlanMismatch: naming the ranks whose inputs differ.
     """
-    plan = make_plan(schedule, mask, communicator.world, pad_to_equal)
-    back = transpose(plan, keep)
-    forward, backward = plan.view(communicator.rank), back.view(communicator.rank)
-    inputs = hashlib.blake2b(plan.layout.digest + mask.digest, digest_size=16)
-    options = f"{mask!r}, schedule {schedule}, keep {keep}, version {version}"
+    schedule = make_schedule(strategy, mask, communicator.world, pad_to_equal, communicator.rank)
+    inputs = hashlib.blake2b(schedule.layout.digest + mask.digest, digest_size=16)
+    options = f"{mask!r}, schedule {schedule.strategy}, version {version}"
     inputs.update(options.encode())
     agree(communicator, inputs.digest(), options, "this plan")
-    _agree_on_messages(communicator, forward, backward)
-    return RankPlan(communicator.rank, schedule, forward, backward, inputs.digest())
+    assert schedule.rank is not None
+    return RankPlan(communicator.rank, schedule, schedule.forward.view(schedule.rank), inputs.digest())
 
 
 def agree(communicator: Communicator, digest: bytes, said: str, subject: str) -> None:
@@ -107,9 +121,13 @@ def agree(communicator: Communicator, digest: bytes, said: str, subject: str) ->
     )
 
 
-def _agree_on_messages(communicator: Communicator, forward: Plan, backward: Plan) -> None:
-    """One hash per peer of the ordered messages, compared pairwise."""
-    mine = [a + b for a, b in zip(forward.message_digests(), backward.message_digests(), strict=True)]
+def agree_on_messages(communicator: Communicator, view: Plan) -> None:
+    """One hash per peer of the ordered messages, compared pairwise.
+
+    Raises:
+        PlanMismatch: naming the pairs of ranks that would wait for each other in vain.
+    """
+    mine = view.message_digests()
     everyone = communicator.all_gather_bytes(b"".join(mine))
     size = len(mine[0])
     table = np.array([np.frombuffer(a, dtype=f"V{size}") for a in everyone])

@@ -15,6 +15,7 @@ import numpy as np
 from distattn.parallel.intervals import Intervals, cut, groups, union
 from distattn.parallel.plan import (
     DST,
+    HOME_LANE,
     KV_OWNER,
     KV_START,
     KV_STOP,
@@ -36,12 +37,11 @@ from distattn.parallel.plan import (
 )
 
 Keep = Literal["all", "last", "none"]
-HOME_LANE = 2
 GRADIENT_OF = {What.Q: What.DQ, What.KV: What.DKV, What.OUT: What.DOUT}
 
 
 def transpose(plan: Plan, keep: Keep = "last") -> Plan:
-    """The backward plan of a whole forward plan.
+    """The backward plan of a whole forward plan; of one made with the bands of one rank, what that rank's view needs.
 
     Args:
         keep: which received keys and queries stay on their rank until the backward pass. ``"all"``: nothing is sent again;
@@ -56,11 +56,14 @@ def transpose(plan: Plan, keep: Keep = "last") -> Plan:
     if keep not in ("all", "last", "none"):
         raise ValueError(f"keep must be 'all', 'last' or 'none'. Found {keep!r}.")
     inputs = plan.transfers[np.isin(plan.transfers[:, WHAT], (What.Q, What.KV))]
-    lead = int(keep == "none" and len(inputs) > 0)  # a first stage for local work while the first keys travel
+    lead = int(keep == "none" and inputs[:, NEED].max(initial=0) == plan.stages - 1 > 0)  # a stage in which the first ones travel
     stages = plan.stages + lead
+    if plan.bands_of is not None:
+        plan = _neighbourhood(plan, plan.bands_of)
+        inputs = plan.transfers[np.isin(plan.transfers[:, WHAT], (What.Q, What.KV))]
     tasks = plan.tasks.copy()
     tasks[:, STAGE] = stages - 1 - tasks[:, STAGE]
-    if lead:
+    if keep == "none":  # local work while the first inputs travel
         local = (plan.tasks[:, RANK] == plan.tasks[:, Q_OWNER]) & (plan.tasks[:, RANK] == plan.tasks[:, KV_OWNER])
         tasks[local & (plan.tasks[:, STAGE] == 0), STAGE] = 0
     order = np.lexsort((-np.arange(len(tasks)), tasks[:, STAGE]))
@@ -82,6 +85,25 @@ def transpose(plan: Plan, keep: Keep = "last") -> Plan:
         transfers=transfers[np.lexsort((transfers[:, START], transfers[:, OWNER], transfers[:, WHAT], transfers[:, POST]))],
         kept=kept,
         buffer_bound=bound,
+    )
+
+
+def _neighbourhood(plan: Plan, rank: int) -> Plan:
+    """The tasks and transfers of a rank, of all that it exchanges rows with, and of its own rows wherever they go.
+
+    Its part of the transposition depends on no more: it sends again what it passed on, or its own rows.
+    """
+    t = plan.transfers
+    near = np.zeros(plan.world, dtype=bool)
+    near[rank] = True
+    near[t[t[:, SRC] == rank, DST]] = near[t[t[:, DST] == rank, SRC]] = True
+    tasks = near[plan.tasks[:, RANK]] | (plan.tasks[:, Q_OWNER] == rank) | (plan.tasks[:, KV_OWNER] == rank)
+    counts = np.diff(plan.band_ptr)
+    return replace(
+        plan,
+        tasks=plan.tasks[tasks],
+        band_ptr=np.concatenate([[0], np.cumsum(counts[tasks])]).astype(np.int64),
+        transfers=t[near[t[:, SRC]] | near[t[:, DST]] | (t[:, OWNER] == rank)],
     )
 
 

@@ -4,48 +4,137 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_args
 
 from distattn.parallel import layout as layouts
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
 from distattn.parallel.plan import Plan
-from distattn.parallel.schedules.ring import ring
+from distattn.parallel.schedules.ring import query_ring, ring
+from distattn.parallel.strategy import Rotate, Strategy
+from distattn.parallel.transpose import Keep
 
-Placement = Callable[[Mask, int, bool], Layout]
 
-
-def _contiguous(mask: Mask, world: int, pad: bool) -> Layout:
+def _contiguous(mask: Mask, world: int, pad: int) -> Layout:
     return layouts.contiguous(mask.n_tokens, world, pad)
 
 
-def _zigzag(mask: Mask, world: int, pad: bool) -> Layout:
+def _zigzag(mask: Mask, world: int, pad: int) -> Layout:
     if mask.lengths is not None:
         return layouts.document_zigzag(mask.lengths, world, pad)
     return layouts.zigzag(mask.n_tokens, world, pad)
 
 
-def _striped(mask: Mask, world: int, pad: bool) -> Layout:
+def _striped(mask: Mask, world: int, pad: int) -> Layout:
     if mask.lengths is not None:
         return layouts.document_striped(mask.lengths, world, pad)
     return layouts.striped(mask.n_tokens, world, pad)
 
 
-SCHEDULES: dict[str, tuple[Placement, Callable[[Layout, Mask], Plan]]] = {
-    "ring": (_contiguous, ring),
-    "zigzag": (_zigzag, ring),
-    "striped": (_striped, ring),
+LAYOUTS: dict[str, Callable[[Mask, int, int], Layout]] = {"contiguous": _contiguous, "zigzag": _zigzag, "striped": _striped}
+
+Build = Callable[[Layout, Mask, Strategy, "int | None"], Plan]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A schedule by name: its own layout, the forward plan, one that moves the query side instead, and what it is for."""
+
+    layout: str
+    build: Build
+    about: str
+    turned: Build | None = None
+
+
+def _ring(layout: Layout, mask: Mask, _: Strategy, rank: int | None) -> Plan:
+    return ring(layout, mask, rank)
+
+
+def _query_ring(layout: Layout, mask: Mask, _: Strategy, rank: int | None) -> Plan:
+    return query_ring(layout, mask, rank)
+
+
+SCHEDULES: dict[str, Named] = {
+    "ring": Named("contiguous", _ring, "keys hop from neighbour to neighbour; full masks, windows", _query_ring),
+    "zigzag": Named("zigzag", _ring, "a ring with two chunks a rank; causal masks, balanced exactly", _query_ring),
+    "striped": Named("striped", _ring, "a ring with every P-th token a rank; causal masks and windows", _query_ring),
 }
 
 
-def make_plan(schedule: str, mask: Mask, world: int, pad_to_equal: bool = False) -> Plan:
-    """The forward plan of a schedule by name, for all ranks, on the layout that goes with it.
+def checked_strategy(strategy: Strategy | str, world: int) -> Strategy:
+    """The strategy if it can be built for ``world`` ranks.
 
     Raises:
-        ValueError: for a name that no schedule has, with the nearest one.
+        ValueError: for an unknown name or option, or degrees that do not multiply to the world.
     """
-    if schedule not in SCHEDULES:
-        near = difflib.get_close_matches(str(schedule), SCHEDULES, n=1, cutoff=0.3)
+    s = Strategy(strategy) if isinstance(strategy, str) else strategy
+    if not isinstance(s, Strategy):
+        raise ValueError(f"A schedule is named by a text or a Strategy. Found {s!r}. Schedules are {', '.join(SCHEDULES)}.")
+    _check_name("schedule", s.schedule, SCHEDULES)
+    if s.layout is not None:
+        _check_name("layout", s.layout, LAYOUTS)
+    for name, known in (("rotate", get_args(Rotate)), ("keep", get_args(Keep))):
+        if getattr(s, name) not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}. Found {getattr(s, name)!r}.")
+    for name in ("ulysses", "devices", "stages", "in_flight"):
+        value = getattr(s, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} must be a whole number of 1 or more. Found {value!r}.")
+    if world % s.ulysses:
+        raise ValueError(
+            f"ulysses={s.ulysses} does not divide the {world} ranks of the group. Use one of {_divisors(world)}: "
+            "the schedule runs in each of `ulysses` groups of world / ulysses ranks."
+        )
+    if s.devices is not None and (world % s.devices or (s.devices % s.ulysses and s.ulysses % s.devices)):
+        raise ValueError(
+            f"devices={s.devices} a node does not fit {world} ranks with ulysses={s.ulysses}. Nodes must divide the group, "
+            f"and one of the two degrees the other: devices of {_divisors(world)}."
+        )
+    if s.rotate == "q" and SCHEDULES[s.schedule].turned is None:
+        turned = ", ".join(name for name, entry in SCHEDULES.items() if entry.turned)
+        raise ValueError(f"rotate='q' is for {turned}; {s.schedule} moves its rows its own way. Leave rotate at 'auto'.")
+    return s
+
+
+def make_layout(strategy: Strategy, mask: Mask, world: int, pad_to_equal: bool = False) -> tuple[Layout, Layout]:
+    """(layout of the tokens over all ranks, layout of the plan over ``world / ulysses`` groups that share their tokens)."""
+    name = strategy.layout or SCHEDULES[strategy.schedule].layout
+    inner = LAYOUTS[name](mask, world // strategy.ulysses, strategy.ulysses if pad_to_equal else 0)
+    return layouts.subdivided(inner, strategy.ulysses), inner
+
+
+def make_plan(
+    strategy: Strategy | str, mask: Mask, world: int, pad_to_equal: bool = False, rank: int | None = None, turned: bool = False
+) -> Plan:
+    """The forward plan of a strategy on the layout that goes with it; with ``ulysses``, that of the groups of ranks.
+
+    Args:
+        rank: of the plan's world; only its tasks get their bands. None: for all ranks.
+        turned: the plan that moves the query side, which a backward plan may be made from.
+
+    Raises:
+        ValueError: for a name that no schedule has, with the nearest one, and for options that do not fit.
+    """
+    strategy = checked_strategy(strategy, world)
+    _, layout = make_layout(strategy, mask, world, pad_to_equal)
+    return build_plan(strategy, layout, mask, rank, turned)
+
+
+def build_plan(strategy: Strategy, layout: Layout, mask: Mask, rank: int | None = None, turned: bool = False) -> Plan:
+    """As :func:`make_plan`, on a layout that is there."""
+    named = SCHEDULES[strategy.schedule]
+    build = named.turned if turned else named.build
+    assert build is not None
+    return build(layout, mask, strategy, rank)
+
+
+def _check_name(kind: str, found: Any, known: Any) -> None:
+    if found not in known:
+        near = difflib.get_close_matches(str(found), known, n=1, cutoff=0.3)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"There is no schedule {schedule!r}. Schedules are {', '.join(SCHEDULES)}.{hint}")
-    place, plan = SCHEDULES[schedule]
-    return plan(place(mask, world, pad_to_equal), mask)
+        raise ValueError(f"There is no {kind} {found!r}. Use one of {', '.join(known)}.{hint}")
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

@@ -110,18 +110,18 @@ def test_messages_that_differ_in_spite_of_equal_inputs_are_named(monkeypatch: py
     """As two versions of a schedule would make them: one rank forgets the hop from its neighbour."""
     from distattn.parallel import rank_plan
 
-    real = rank_plan.make_plan
+    real = rank_plan.make_schedule
 
     def work(comm: Communicator) -> str:
         return call(comm)
 
-    def make(schedule: str, mask: Any, world: int, pad: bool) -> Any:
+    def make(strategy: Any, mask: Any, *rest: Any) -> Any:
         kept = mask if threading.current_thread().name != f"rank {ODD}" else distattn.sliding_window(TOKENS, 4)
-        plan = real(schedule, kept, world, pad)
-        object.__setattr__(plan, "mask", mask)
-        return plan
+        schedule = real(strategy, kept, *rest)
+        schedule.mask = mask
+        return schedule
 
-    monkeypatch.setattr(rank_plan, "make_plan", make)
+    monkeypatch.setattr(rank_plan, "make_schedule", make)
     for text in run_ranks(WORLD, work, timeout=20.0):
         assert text.startswith("Ranks 0 and 1") and "list different messages" in text and "install the same on all" in text, text
 

@@ -20,6 +20,7 @@ from distattn.parallel.transpose import transpose
 from distattn.parallel.verify import verify
 from tests.parallel.plans import LAYOUTS, MASKS, make_layout, make_mask, random_servers_plan, tree_plan
 
+HOLES = ("window", "symmetric", "sinks", "union")  # a rank may see two runs of a segment: what lies between travels too
 UNIT = Shape(heads=1, kv_heads=1, d=8, d_v=8, dtype=torch.bfloat16)
 
 
@@ -39,7 +40,7 @@ def make(schedule: str, layout, mask, seed: int = 0) -> Plan:
         return tree_plan(layout, mask)
     if schedule == "random_servers":
         return random_servers_plan(layout, mask, seed)
-    return ring(layout, mask)
+    return ring(layout, mask, grain=0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -65,7 +66,7 @@ def test_any_plan_covers_its_mask_and_passes_verify(schedule, layout, mask, worl
     assert torch.equal(dense_cover(back), want)
     verify(back)
     verify([back.view(r) for r in range(world)])
-    assert wasted_rows(plan) == 0 or schedule != "ring"
+    assert wasted_rows(plan) == 0 or schedule != "ring" or mask in HOLES
     assert work(plan).sum() == the_mask.bands.area
 
 

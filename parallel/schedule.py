@@ -1,0 +1,95 @@
+"""Schedule: a head exchange (none, or Ulysses) around a plan, forward and backward, for one mask and layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from distattn.parallel.layout import Layout
+from distattn.parallel.mask import Mask
+from distattn.parallel.plan import NEED, START, STOP, WHAT, Plan, What
+from distattn.parallel.schedules import SCHEDULES, build_plan, checked_strategy, make_layout
+from distattn.parallel.shape import Shape
+from distattn.parallel.strategy import Strategy
+from distattn.parallel.transpose import transpose
+
+Rotation = Literal["kv", "q"]
+
+
+@dataclass(eq=False)
+class Schedule:
+    """What a strategy comes to on one mask.
+
+    Attributes:
+        layout: which of the P ranks holds which tokens; every ``ulysses`` neighbouring ranks share a shard of ``inner``.
+        inner: the layout of ``forward``, over P / ulysses ranks.
+        forward: the plan that runs in each of ``ulysses`` groups of ranks (those of equal rank modulo ``ulysses``), each with
+            its own part of the heads. With ``rank``, only that inner rank's tasks have bands.
+    """
+
+    strategy: Strategy
+    mask: Mask
+    layout: Layout
+    inner: Layout
+    forward: Plan
+    rank: int | None
+    _turned: Plan | None = None
+    _backward: dict[Rotation, Plan] = field(default_factory=dict)
+
+    @property
+    def world(self) -> int:
+        return self.layout.world
+
+    @property
+    def ulysses(self) -> int:
+        return self.strategy.ulysses
+
+    def backward(self, rotation: Rotation = "kv") -> Plan:
+        """The backward plan that moves the key side (k, v, dk, dv) or the query side (q, dout, lse, delta, dq)."""
+        if rotation not in self._backward:
+            made = transpose(self.forward, self.strategy.keep) if rotation == "kv" else transpose(self.turned, "none")
+            self._backward[rotation] = made
+        return self._backward[rotation]
+
+    @property
+    def turned(self) -> Plan:
+        """A forward plan of the same mask and layout that moves the query side: the one whose transposition does."""
+        if self._turned is None:
+            self._turned = build_plan(self.strategy, self.inner, self.mask, self.rank, turned=True)
+        return self._turned
+
+    def rotation(self, shape: Shape) -> Rotation:
+        """What the backward plan moves for these heads, head sizes and dtypes: as asked, or what is fewer bytes in all."""
+        if self.strategy.rotate != "auto":
+            return self.strategy.rotate
+        if SCHEDULES[self.strategy.schedule].turned is None:
+            return "kv"
+        kv, q = self.backward_bytes("kv", shape), self.backward_bytes("q", shape)
+        return "q" if q < kv else "kv"
+
+    def backward_bytes(self, rotation: Rotation, shape: Shape) -> int:
+        """Payload bytes of all ranks of the inner plan in one backward pass, from the tables of a ring's forward plan."""
+        plan = self.forward if rotation == "kv" else self.turned
+        t = plan.transfers
+        rows = t[:, STOP] - t[:, START]
+        moved = {what: int(rows[t[:, WHAT] == what].sum()) for what in What}
+        if rotation == "q":
+            carried = moved[What.Q] * (shape.row_bytes(What.Q) + shape.row_bytes(What.DQ))
+            return carried + moved[What.OUT] * shape.row_bytes(What.DOUT)
+        last = int(rows[t[:, NEED] == plan.stages - 1].sum()) if plan.stages > 1 else 0
+        kept = {"all": moved[What.KV], "last": last, "none": 0}[self.strategy.keep]
+        return moved[What.KV] * shape.row_bytes(What.DKV) + (moved[What.KV] - kept) * shape.row_bytes(What.KV)
+
+
+def make_schedule(
+    strategy: Strategy | str, mask: Mask, world: int, pad_to_equal: bool = False, rank: int | None = None
+) -> Schedule:
+    """The schedule of a strategy for a mask on ``world`` ranks; ``rank`` (of the world): only what its view needs.
+
+    Raises:
+        ValueError: see :func:`distattn.parallel.schedules.checked_strategy`.
+    """
+    strategy = checked_strategy(strategy, world)
+    layout, inner = make_layout(strategy, mask, world, pad_to_equal)
+    inner_rank = None if rank is None else rank // strategy.ulysses
+    return Schedule(strategy, mask, layout, inner, build_plan(strategy, inner, mask, inner_rank), inner_rank)
