@@ -57,7 +57,7 @@ class KVShard:
         self._write(k[: cache.rows_here], v[: cache.rows_here])
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """The new tokens, after ``cache.extend(n)``, the same on all ranks: k [B, n, H_kv, D], v [B, n, H_kv, D_v]; or without B."""
+        """The new tokens, after ``cache.extend(n)``, the same on all ranks: k [B, n, H_kv, D] and v alike (or both without B)."""
         cache = self.cache
         k, v = (self._rows_first(x, name) for x, name in ((k, "k"), (v, "v")))
         if k.shape[0] != cache.new or v.shape[0] != cache.new:

@@ -95,10 +95,13 @@ class Decoder(nn.Module):
         if config.tie_head:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, attend: Attend, labels: Tensor | None = None, rows: slice | None = None
+    ) -> Tensor:
         """tokens, positions, labels int64 [T]. Returns logits [T, V], or with labels the SUM of their cross entropies.
 
-        A label of -100 counts nothing. T may be 0 (a rank without rows): the sum is then a zero with a gradient.
+        A label of -100 counts nothing. T may be 0 (a rank without rows): the sum is then a zero with a gradient. ``rows`` keeps
+        the logits of these rows only: of a long prompt nobody needs more than the last.
         """
         x = self.embedding(tokens)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -107,7 +110,7 @@ class Decoder(nn.Module):
             x = block(x, cos, sin, attend)
         x = self.norm(x)
         if labels is None:
-            return self.head(x)
+            return self.head(x if rows is None else x[rows])
         return cross_entropy_sum(x, self.head.weight, labels, self.loss_rows, self.fused_loss)
 
 
