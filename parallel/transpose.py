@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from distattn.kernels.bands import INF, Q0, Q1, clip, shift
 from distattn.parallel.intervals import Intervals, cut, groups, union
 from distattn.parallel.plan import (
     DST,
@@ -57,19 +58,18 @@ def transpose(plan: Plan, keep: Keep = "last") -> Plan:
         raise ValueError(f"keep must be 'all', 'last' or 'none'. Found {keep!r}.")
     inputs = plan.transfers[np.isin(plan.transfers[:, WHAT], (What.Q, What.KV))]
     lead = int(keep == "none" and inputs[:, NEED].max(initial=0) == plan.stages - 1 > 0)  # a stage in which the first ones travel
-    stages = plan.stages + lead
+    stages, received = plan.stages + lead, len(inputs) > 0
     if plan.bands_of is not None:
         plan = _neighbourhood(plan, plan.bands_of)
         inputs = plan.transfers[np.isin(plan.transfers[:, WHAT], (What.Q, What.KV))]
-    tasks = plan.tasks.copy()
-    tasks[:, STAGE] = stages - 1 - tasks[:, STAGE]
-    if keep == "none":  # local work while the first inputs travel
-        local = (plan.tasks[:, RANK] == plan.tasks[:, Q_OWNER]) & (plan.tasks[:, RANK] == plan.tasks[:, KV_OWNER])
-        tasks[local & (plan.tasks[:, STAGE] == 0), STAGE] = 0
-    order = np.lexsort((-np.arange(len(tasks)), tasks[:, STAGE]))
-    counts = np.diff(plan.band_ptr)
-    band_order = np.argsort(np.argsort(order, kind="stable")[plan.task_of_band], kind="stable")
     resent, kept = _inputs(plan, inputs, keep, stages)
+    tasks, task_of_band, bands = plan.tasks.copy(), plan.task_of_band, plan.bands
+    tasks[:, STAGE] = stages - 1 - tasks[:, STAGE]
+    if keep == "none" and received:
+        tasks, task_of_band, bands = _first_and_last(stages, tasks, task_of_band, bands)
+    order = np.lexsort((-np.arange(len(tasks)), tasks[:, STAGE]))
+    band_order = np.argsort(np.argsort(order, kind="stable")[task_of_band], kind="stable")
+    counts = np.bincount(task_of_band, minlength=len(tasks))
     transfers = np.concatenate([resent, _reversed(plan.transfers, stages)])
     bound = plan.buffer_bound
     if bound is not None:
@@ -81,11 +81,29 @@ def transpose(plan: Plan, keep: Keep = "last") -> Plan:
         stages=stages,
         tasks=tasks[order],
         band_ptr=np.concatenate([[0], np.cumsum(counts[order])]).astype(np.int64),
-        bands=plan.bands[band_order],
+        bands=bands[band_order],
         transfers=transfers[np.lexsort((transfers[:, START], transfers[:, OWNER], transfers[:, WHAT], transfers[:, POST]))],
         kept=kept,
         buffer_bound=bound,
     )
+
+
+def _first_and_last(stages: int, tasks: np.ndarray, task_of_band: np.ndarray, bands: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The work on own rows cut in two: one half while the first inputs travel, the other while the last gradients go home."""
+    local = (tasks[:, RANK] == tasks[:, Q_OWNER]) & (tasks[:, RANK] == tasks[:, KV_OWNER])
+    local &= tasks[:, STAGE] == stages - 1
+    middle = (tasks[:, Q_START] + tasks[:, Q_STOP]) // 2
+    early, late = tasks.copy(), tasks[local]
+    early[local, STAGE], early[local, Q_STOP], late[:, Q_START] = 0, middle[local], middle[local]
+    cut = np.where(local, middle - tasks[:, Q_START], INF)[task_of_band]
+    before = clip(bands, -INF, cut, -INF, INF)
+    late_bands = np.flatnonzero(local[task_of_band])
+    after = clip(bands[late_bands], cut[late_bands], INF, -INF, INF)
+    after = shift(after, -cut[late_bands], 0)
+    late_number = len(tasks) - 1 + np.cumsum(local)[task_of_band[late_bands]]
+    some, some_late = before[:, Q0] < before[:, Q1], after[:, Q0] < after[:, Q1]
+    task_of_band = np.concatenate([task_of_band[some], late_number[some_late]])
+    return np.concatenate([early, late]), task_of_band, np.concatenate([before[some], after[some_late]])
 
 
 def _neighbourhood(plan: Plan, rank: int) -> Plan:

@@ -27,7 +27,7 @@ FLOAT32 = 1e-6  # relative L2: sums of a few hundred float32 terms, each rounded
 
 @settings(max_examples=30, deadline=None)
 @given(
-    schedule=st.sampled_from(["ring", "tree", "random_servers"]),
+    schedule=st.sampled_from(["ring", "query_ring", "tree", "random_servers"]),
     layout=st.sampled_from(LAYOUTS),
     mask=st.sampled_from(MASKS),
     world=st.integers(1, 8),

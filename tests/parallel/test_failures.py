@@ -123,7 +123,7 @@ def test_messages_that_differ_in_spite_of_equal_inputs_are_named(monkeypatch: py
 
     monkeypatch.setattr(rank_plan, "make_schedule", make)
     for text in run_ranks(WORLD, work, timeout=20.0):
-        assert text.startswith("Ranks 0 and 1") and "list different messages" in text and "install the same on all" in text, text
+        assert text.startswith("Ranks ") and "list different messages" in text and "install the same on all" in text, text
 
 
 class Broken(Aten):

@@ -12,15 +12,17 @@ from distattn.kernels.bands import Bands
 from distattn.parallel import layout as layouts
 from distattn.parallel import mask as masks
 from distattn.parallel.plan import Plan, What, assemble
+from distattn.parallel.schedule import make_schedule
 from distattn.parallel.schedules import SCHEDULES, make_plan
-from distattn.parallel.schedules.ring import ring
+from distattn.parallel.schedules.ring import query_ring, ring
 from distattn.parallel.shape import Shape
 from distattn.parallel.statistics import statistics, wasted_rows, work
+from distattn.parallel.strategy import Strategy
 from distattn.parallel.transpose import transpose
 from distattn.parallel.verify import verify
 from tests.parallel.plans import LAYOUTS, MASKS, make_layout, make_mask, random_servers_plan, tree_plan
 
-HOLES = ("window", "symmetric", "sinks", "union")  # a rank may see two runs of a segment: what lies between travels too
+HOLES = ("window", "document_windows", "symmetric", "sinks", "union")  # a rank may see two runs of a segment: what lies between travels too
 UNIT = Shape(heads=1, kv_heads=1, d=8, d_v=8, dtype=torch.bfloat16)
 
 
@@ -40,12 +42,14 @@ def make(schedule: str, layout, mask, seed: int = 0) -> Plan:
         return tree_plan(layout, mask)
     if schedule == "random_servers":
         return random_servers_plan(layout, mask, seed)
+    if schedule == "query_ring":
+        return query_ring(layout, mask, grain=0)
     return ring(layout, mask, grain=0)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    schedule=st.sampled_from(["ring", "tree", "random_servers"]),
+    schedule=st.sampled_from(["ring", "query_ring", "tree", "random_servers"]),
     layout=st.sampled_from(LAYOUTS),
     mask=st.sampled_from(MASKS),
     world=st.integers(1, 7),
@@ -68,6 +72,52 @@ def test_any_plan_covers_its_mask_and_passes_verify(schedule, layout, mask, worl
     verify([back.view(r) for r in range(world)])
     assert wasted_rows(plan) == 0 or schedule != "ring" or mask in HOLES
     assert work(plan).sum() == the_mask.bands.area
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    schedule=st.sampled_from([ring, query_ring]),
+    layout=st.sampled_from(LAYOUTS),
+    mask=st.sampled_from(MASKS),
+    world=st.integers(1, 7),
+    n=st.integers(0, 60),
+    keep=st.sampled_from(["last", "none", "all"]),
+    grain=st.integers(0, 8),
+)
+def test_a_plan_made_for_one_rank_is_its_view_of_the_whole(schedule, layout, mask, world, n, keep, grain):
+    """Forward and backward, though nothing but its own bands was made; short gaps may travel, the plan stays right."""
+    the_mask = make_mask(mask, n)
+    the_layout = make_layout(layout, the_mask, world)
+    plan = schedule(the_layout, the_mask, grain=grain)
+    back = transpose(plan, keep)
+    verify(plan)
+    verify(back)
+    for rank in range(world):
+        own = schedule(the_layout, the_mask, rank=rank, grain=grain)
+        assert own.view(rank).digest == plan.view(rank).digest
+        assert transpose(own, keep).view(rank).digest == back.view(rank).digest
+    if world > 1:
+        with pytest.raises(ValueError, match="bands of rank"):
+            own.view(0)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "moves"), [(8, 8, "q"), (32, 8, "kv"), (8, 1, "kv")])
+@pytest.mark.parametrize("keep", ["last", "none", "all"])
+def test_the_backward_pass_moves_what_is_fewer_bytes(heads, kv_heads, moves, keep):
+    """Equal heads: the query side, H (8 D + 8) bytes a row and hop against 12 H_kv D. Counted in plans, not from the formula."""
+    shape = Shape(heads, kv_heads, 128, 128, torch.bfloat16)
+    world, t = 8, 16
+    schedule = make_schedule(Strategy("zigzag", keep=keep), masks.full(world * t), world)
+    counted = {}
+    for rotation in ("kv", "q"):
+        verify(schedule.backward(rotation))
+        counted[rotation] = statistics(schedule.backward(rotation), shape).bytes_by_link.sum()
+        assert counted[rotation] == schedule.backward_bytes(rotation, shape)
+    kept = {"last": 1, "none": 0, "all": world - 1}[keep]
+    assert counted["q"] == world * t * (world - 1) * heads * (8 * 128 + 8)
+    assert counted["kv"] == world * t * (12 * (world - 1) - 4 * kept) * kv_heads * 128
+    assert schedule.rotation(shape) == ("kv" if keep == "all" and counted["kv"] <= counted["q"] else moves)
+    assert make_schedule(Strategy("zigzag", rotate="q"), masks.full(64), 4).rotation(shape) == "q"
 
 
 def test_views_form_the_plan_that_they_came_from():
