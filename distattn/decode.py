@@ -94,16 +94,25 @@ class Work:
 
     whole: tuple[tuple[int, int], ...]
     """runs [first, stop) of blocks that every query sees whole"""
+    everything: Bands
+    """of the folded queries and a whole block"""
     parts: tuple[tuple[int, Bands], ...]
     """(block, bands in rows of the folded queries and of the block)"""
 
 
 def plan_work(cache: KVCache, n: int, window: int | None, group: int) -> Work:
-    """What the last ``n`` tokens see of this rank's rows, with ``group`` query heads as rows of each token.
+    """What the last ``n`` tokens see of this rank's rows, with ``group`` query heads as rows of each token; made once a length.
 
     Args:
         window: keys that a query sees, itself included; None sees all before it.
     """
+    key = (n, window, group)
+    if key not in cache.planned:
+        cache.planned[key] = _plan_work(cache, n, window, group)
+    return cache.planned[key]
+
+
+def _plan_work(cache: KVCache, n: int, window: int | None, group: int) -> Work:
     starts = np.arange(0, cache.rows_here, cache.block)
     stops = np.minimum(starts + cache.block, cache.rows_here)
     runs = cache.runs
@@ -119,7 +128,8 @@ def plan_work(cache: KVCache, n: int, window: int | None, group: int) -> Work:
         else:
             bands = Bands(_rectangles(seen, int(starts[b]), int(stops[b]), group))
         parts.append((b, bands))
-    return Work(tuple(zip(edges[::2], edges[1::2], strict=True)), tuple(parts))
+    everything = Bands([Band(0, n * group, 0, cache.block)])
+    return Work(tuple(zip(edges[::2], edges[1::2], strict=True)), everything, tuple(parts))
 
 
 def _visible(runs: np.ndarray, first: int, last: int) -> np.ndarray:
@@ -160,17 +170,16 @@ def attend_shard(q: Tensor, shard: KVShard, work: Work, scores: Scores, kernels:
     Args:
         sinks: [M, B * H_kv], logits of one more key without value; None has none.
     """
-    rows, heads, _ = q.shape
+    heads = q.shape[1]
     parts: list[tuple[Tensor, Tensor]] = []
     if sinks is not None:
         start = empty_state(q, shard.v.shape[-1])
         parts.append((start.o.unsqueeze(0), sinks.to(start.lse.dtype).unsqueeze(0)))
-    everything = Bands([Band(0, rows, 0, shard.cache.block)])
     for first, stop in work.whole:
         blocks = stop - first
         k, v = (x[first:stop].flatten(0, 2).transpose(0, 1) for x in (shard.k, shard.v))  # [block, blocks * B * H_kv, D]
         many = q.unsqueeze(1).expand(-1, blocks, -1, -1).flatten(1, 2)
-        o, lse = kernels(many, k, v, scores).forward(many, k, v, everything, scores)
+        o, lse = kernels(many, k, v, scores).forward(many, k, v, work.everything, scores)
         parts.append((o.unflatten(1, (blocks, heads)).transpose(0, 1), lse.unflatten(1, (blocks, heads)).transpose(0, 1)))
     for block, bands in work.parts:
         k, v = (x[block].flatten(0, 1).transpose(0, 1) for x in (shard.k, shard.v))

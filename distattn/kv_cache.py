@@ -7,6 +7,7 @@ fewest rows, so the load stays level. Who holds what follows from the order of t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -172,6 +173,8 @@ class KVCache:
         """kinds of calls that the ranks have compared"""
         self.verified = -1
         """length at which the ranks were last seen to hold the same context"""
+        self.planned: dict[tuple[int, int | None, int], Any] = {}
+        """what calls of decode_attention see of this rank's rows, the same in every layer; forgotten when the length changes"""
         self._prefilled: list[tuple[int, int, int]] = []  # (start, step, count) of this rank's rows
         self._chunks: list[Chunk] = []
         self._shards = [KVShard(self, layer) for layer in range(layers)]
@@ -228,6 +231,7 @@ class KVCache:
         held = zip(layout.seg_start[mine].tolist(), counts[mine].tolist(), strict=True)
         self._prefilled = [(start, layout.step, count) for start, count in held if count]
         self.layout_rows = layout.rows(self.rank)
+        self.planned.clear()
         self.length = layout.n_valid
 
     def extend(self, n: int = 1) -> range:
@@ -253,6 +257,7 @@ class KVCache:
             self.rows[last.owner] += take
             self.length, n = self.length + take, n - take
         self.new = self.length - first
+        self.planned.clear()
         self.appended += self.new
         return range(first, self.length)
 
@@ -278,6 +283,7 @@ class KVCache:
                 self._chunks.pop()
         self.new = 0
         self.verified = -1
+        self.planned.clear()
         for shard in self._shards:
             shard.filled = min(shard.filled, self.rows_here)
 
