@@ -36,7 +36,8 @@ class Curve:
     """How fast the kernel of one direction is."""
 
     launch_us: float = figure("of one launch, however small", least=0)
-    band_us: float = figure("of one more band in a launch", least=0)
+    band_us: float = figure("of each band in a launch", least=0)
+    memory_gb_s: float = figure("at which rows, states and gradients are read and written", above=0)
     efficiency: dict[int, dict[int, float]] = figure(
         "share of the peak, by head size and by the shorter side of a band's rectangle in rows", above=0, most=1
     )
@@ -67,7 +68,7 @@ class Kernel:
     peak_tflops: dict[str, float] = figure("of a large matrix product, by dtype", above=0)
     units: int = figure("programs that run at the same time; fewer leave a part of the device idle", least=1)
     tile: int = figure("rows of one program", least=1)
-    memory_gb_s: float = figure("at which rows, states and gradients are read and written", above=0)
+    diagonal_rows: float = figure("width of the tiles along a diagonal edge, half of which are computed in vain", least=0)
     forward: Curve = figure("the forward kernel")
     backward: Curve = figure("the backward kernel")
 
@@ -160,8 +161,8 @@ class Cluster:
     ) -> np.ndarray:
         """Seconds of bands on one device, without :meth:`launch_seconds`.
 
-        Work over rate, the rate by the band's shorter side; and the rows' way through memory. A launch of fewer programs than the
-        device runs at once is slower in proportion.
+        Work over rate, the rate by the band's shorter side, the work with what tiles on a diagonal edge compute in vain; and the
+        rows' way through memory. A launch of fewer programs than the device runs at once is slower in proportion.
 
         Args:
             areas: visible pairs of each band [n].
@@ -175,14 +176,15 @@ class Cluster:
         areas, q_rows, k_rows = (np.asarray(x, dtype=np.float64) for x in (areas, q_rows, k_rows))
         # The mean length of a diagonal band is half the side of a triangle, so twice it: a causal square counts as a square.
         longer, shorter = np.maximum(q_rows, k_rows), np.minimum(q_rows, k_rows)
+        vain = np.minimum(q_rows * k_rows - areas, kernel.diagonal_rows / 2 * shorter)
         side = np.minimum(shorter, 2 * areas / np.maximum(longer, 1))
         programs = shape.heads * np.ceil((q_rows if direction == "forward" else k_rows) / kernel.tile)
         if launch is not None:
             programs = np.bincount(launch, weights=programs)[launch] if len(launch) else programs
         rate = self.peak(shape) * curve.share(side, shape.d) * np.minimum(1.0, programs / kernel.units)
-        flops = areas * shape.heads * pair_flops(shape, direction)
+        flops = (areas + vain) * shape.heads * pair_flops(shape, direction)
         per_query, per_key = row_traffic(shape, direction)
-        rows = (q_rows * per_query + k_rows * per_key) / (kernel.memory_gb_s * 1e9)
+        rows = (q_rows * per_query + k_rows * per_key) / (curve.memory_gb_s * 1e9)
         empty = areas == 0
         return np.where(empty, 0.0, flops / np.where(empty, 1.0, rate) + rows + curve.band_us * 1e-6)
 

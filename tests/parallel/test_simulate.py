@@ -36,7 +36,7 @@ EXACT = {"rel": 1e-9, "abs": 1e-12}
 
 def description(**changes: Any) -> dict[str, Any]:
     """1 TFLOP/s at any shape, 1 GB/s out of and into each device, everything else free; ``a__b=x`` changes key b of section a."""
-    curve = {"launch_us": 0, "band_us": 0, "efficiency": {64: {1: 1.0}}}
+    curve = {"launch_us": 0, "band_us": 0, "memory_gb_s": 1e12, "efficiency": {64: {1: 1.0}}}
     data: dict[str, Any] = {
         "name": "round numbers",
         "nodes": 1,
@@ -46,7 +46,7 @@ def description(**changes: Any) -> dict[str, Any]:
             "peak_tflops": {"float32": 1, "bfloat16": 1},
             "units": 1,
             "tile": 1,
-            "memory_gb_s": 1e12,
+            "diagonal_rows": 0,
             "forward": curve,
             "backward": copy.deepcopy(curve),
         },
@@ -188,7 +188,7 @@ def test_zigzag_over_contiguous_ring() -> None:
 
 def test_kernels_by_shape() -> None:
     """Efficiency in straight lines of logarithms, in proportion below the first point; row traffic, launches, bands, units."""
-    curve = {"launch_us": 3, "band_us": 2, "efficiency": {64: {16: 0.25, 64: 0.5}, 256: {16: 1.0}}}
+    curve = {"launch_us": 3, "band_us": 2, "memory_gb_s": 1e12, "efficiency": {64: {16: 0.25, 64: 0.5}, 256: {16: 1.0}}}
     one = cluster(kernel__forward=curve)
 
     def rate(q: int, k: int, area: int | None = None, shape: Shape = SHAPE) -> float:
@@ -205,12 +205,16 @@ def test_kernels_by_shape() -> None:
     assert rate(16, 16, shape=Shape(4, 2, 128, 128, torch.float32)) == pytest.approx(0.5)
     times = simulate(plan_of(1, [], [[0, 0, 64, 64]], 1), SHAPE, one).forward
     assert times.seconds == pytest.approx(5e-6 + 64 * 64 * PAIR / 0.5e12, **EXACT)
-    wide = cluster(kernel__units=16, kernel__tile=128, kernel__memory_gb_s=1)
+    wide = cluster(kernel__units=16, kernel__tile=128, kernel__forward__memory_gb_s=1, kernel__diagonal_rows=64)
     spent = wide.task_seconds(np.array([256 * 512]), np.array([256]), np.array([512]), SHAPE, "forward")
     rows = 256 * 4 * (64 * 4 + 2 * 65 * 4) + 512 * ROW
     assert spent == pytest.approx([2 * seconds(256, 512) + rows / 1e9])  # 4 heads x 2 tiles on 16 units
     together = wide.task_seconds(*(np.array([x, x]) for x in (256 * 512, 256, 512)), SHAPE, "forward", np.array([0, 0]))
     assert together == pytest.approx([seconds(256, 512) + rows / 1e9] * 2)
+    diagonal = cluster(kernel__diagonal_rows=64)
+    for n, in_vain in ((512, 32 * 512), (32, 32 * 31 // 2)):  # never more than the rest of the rectangle
+        spent = diagonal.task_seconds(*(np.array([x]) for x in (n * (n + 1) // 2, n, n)), SHAPE, "forward")
+        assert spent == pytest.approx([seconds(1, n * (n + 1) // 2 + in_vain)])
 
 
 def test_hosts() -> None:
@@ -386,7 +390,7 @@ def test_chrome_trace(tmp_path: Path) -> None:
 
 
 def test_peak_buffer_bytes() -> None:
-    """A ring of 4 holds two shards, the own one packed first; its backward also two of gradients, and messages that bring sums."""
+    """A ring of 4 holds two shards, the own one packed first; backward two of gradients and messages too."""
     plan = make_plan("ring", full(1024), 4)
     shard = 256 * ROW
     assert peak_buffer_bytes(plan, SHAPE) == 2 * shard
