@@ -13,7 +13,10 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-SCHEDULES = ("ring", "zigzag", "striped")
+SCHEDULES = ("ring", "zigzag", "striped", "double_ring", "gather", "tree")
+LAYOUTS = ("contiguous", "zigzag", "striped")
+ROTATE = ("auto", "kv", "q")
+KEEP = ("last", "all", "none")
 DTYPES = ("float32", "float64", "bfloat16")
 BACKENDS = ("triton", "aten", "reference")
 DEVICES = ("auto", "cpu", "cuda")
@@ -84,6 +87,13 @@ class TrainConfig:
 @dataclass
 class ParallelConfig:
     schedule: str = key("zigzag", f"how attention is spread over ranks: {', '.join(SCHEDULES)}")
+    layout: str = key("", f"which rank holds which tokens: {', '.join(LAYOUTS)}; empty is the schedule's own")
+    ulysses: int = key(1, "neighbouring ranks that exchange heads for tokens around the schedule")
+    node_devices: int = key(0, "ranks of a sequence in one node, for double_ring and tree; 0 means all of them")
+    stages: int = key(0, "parts in which gather receives; 0 is its own choice")
+    in_flight: int = key(0, "owners whose queries travel at once in a tree; 0 is its own choice")
+    rotate: str = key("auto", f"what travels in the backward pass of a ring: {', '.join(ROTATE)} (auto: fewer bytes)")
+    keep: str = key("last", f"received keys that stay until the backward pass: {', '.join(KEEP)}")
     cp: int = key(0, "ranks that share one sequence; 0 means all that dp leaves")
     dp: int = key(1, "groups of ranks with sequences of their own")
     backend: str = key("", f"attention kernel: {', '.join(BACKENDS)}; empty takes the fastest that can")
@@ -291,6 +301,12 @@ def check_train(train: TrainConfig) -> None:
 def check_parallel(config: Config, world_size: int) -> None:
     parallel = config.parallel
     _one_of("parallel.schedule", parallel.schedule, SCHEDULES)
+    _one_of("parallel.layout", parallel.layout, ("", *LAYOUTS))
+    _one_of("parallel.rotate", parallel.rotate, ROTATE)
+    _one_of("parallel.keep", parallel.keep, KEEP)
+    _at_least("parallel.ulysses", parallel.ulysses, 1)
+    for name in ("node_devices", "stages", "in_flight"):
+        _at_least(f"parallel.{name}", getattr(parallel, name), 0)
     _one_of("parallel.backend", parallel.backend, ("", *BACKENDS))
     _one_of("parallel.checkpointing", parallel.checkpointing, CHECKPOINTING)
     _one_of("parallel.gather_dtype", parallel.gather_dtype, ("", *DTYPES))
@@ -308,6 +324,16 @@ def check_parallel(config: Config, world_size: int) -> None:
         raise ValueError(
             f"parallel.dp={parallel.dp} times parallel.cp={cp} is {parallel.dp * cp}, but the run has {world_size} ranks. "
             f"Use parallel.cp={max(1, world_size // parallel.dp)}, or start {parallel.dp * cp} processes."
+        )
+    for name, degree in (("ulysses", parallel.ulysses), ("node_devices", parallel.node_devices or 1)):
+        if cp % degree:
+            raise ValueError(
+                f"parallel.{name}={degree} does not divide the {cp} ranks that share a sequence. Use a divisor of {cp}."
+            )
+    if parallel.ulysses > config.model.heads:
+        raise ValueError(
+            f"parallel.ulysses={parallel.ulysses} ranks cannot share model.heads={config.model.heads} query heads. "
+            f"Use parallel.ulysses={config.model.heads} or less."
         )
     if config.train.sequences_per_step % parallel.dp:
         raise ValueError(

@@ -27,6 +27,8 @@ from distattn.attention import AttentionPlan, ContextParallel
 from distattn.config import Config, ParallelConfig, context_ranks
 from distattn.model import Attend, Decoder, initial_value
 from distattn.ops import save_attention
+from distattn.parallel.strategy import Rotate, Strategy
+from distattn.parallel.transpose import Keep
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,17 @@ def context_parallel(config: Config, world: World) -> ContextParallel:
     """Attention over the ranks that share this rank's sequence."""
     parallel = config.parallel
     group = None if world.mesh is None else world.mesh["cp"]
-    return ContextParallel(group, schedule=parallel.schedule, backend=parallel.backend or None, timeout=parallel.timeout)
+    strategy = Strategy(
+        parallel.schedule,
+        parallel.layout or None,
+        parallel.ulysses,
+        parallel.node_devices or None,
+        parallel.stages or None,
+        parallel.in_flight or None,
+        cast(Rotate, parallel.rotate),
+        cast(Keep, parallel.keep),
+    )
+    return ContextParallel(group, strategy, backend=parallel.backend or None, timeout=parallel.timeout)
 
 
 def attend_with(cp: ContextParallel, plan: AttentionPlan) -> Attend:

@@ -13,14 +13,15 @@ from torch import Tensor
 from distattn.attention import ContextParallel
 from distattn.kernels.bands import Bands
 from distattn.kernels.contract import Scores, State, accumulate_dtype, empty_state
-from distattn.launch.bench_attention_ranks import Ranks, shape_of
+from distattn.launch.bench_attention_ranks import SCHEDULES, Ranks, shape_of
 from distattn.launch.bench_attention_single import Problem
 from distattn.parallel.comm import Awaited, Communicator, Done, Pending, SoloCommunicator
 from distattn.parallel.executor import Executor
 from distattn.parallel.mask import Mask, causal, documents
 from distattn.parallel.plan import Plan, What
 from distattn.parallel.program import Program, compile_program
-from distattn.parallel.schedules import SCHEDULES, make_plan
+from distattn.parallel.schedule import make_schedule
+from distattn.parallel.schedules import make_plan
 from distattn.parallel.transpose import transpose
 
 TINY = 64  # tokens a rank: what is left of a pass is the executor, its copies of 64 rows and the messages
@@ -99,7 +100,7 @@ class Memory:
     outputs: int  # out, lse and the gradients as they are summed up
     kept: int  # of received keys from forward to backward
     workspace: int  # received keys, sums on their way home, messages; shared by all layers
-    stated: int  # what the plans state that foreign rows take at most, without messages in flight
+    stated: int  # two shards of all that travels in a backward pass: what foreign rows take at most, without messages in flight
 
     @property
     def total(self) -> int:
@@ -154,7 +155,7 @@ def planning(problem: Problem, quick: bool, say: Callable[[str], None]) -> list[
 
 def _planning(problem: Problem, mask: Mask, world: int) -> Planning:
     start = time.perf_counter()
-    plan = make_plan("zigzag", mask, world)
+    plan = make_plan("zigzag", mask, world, rank=0)
     planned = time.perf_counter()
     back = transpose(plan, "last")
     transposed = time.perf_counter()
@@ -188,8 +189,9 @@ def memory(problem: Problem, tokens: int) -> list[Memory]:
 
 def _memory(problem: Problem, schedule: str, world: int, tokens: int) -> Memory:
     shape = shape_of(problem)
-    plan = make_plan(schedule, causal(world * tokens), world)
-    back = transpose(plan, "last")
+    made = make_schedule(schedule, causal(world * tokens), world)
+    rotation = made.rotation(shape)
+    plan, back = made.forward, made.backward(rotation)
     key_side, query_side = problem.kv_heads * problem.head_dim, problem.heads * problem.head_dim
     item, wide = problem.dtype.itemsize, accumulate_dtype(problem.dtype).itemsize
     inputs = tokens * 2 * (key_side + query_side) * item
@@ -199,8 +201,8 @@ def _memory(problem: Problem, schedule: str, world: int, tokens: int) -> Memory:
     kept, workspace = max(
         ((f.kept_bytes, max(f.workspace_bytes, b.workspace_bytes)) for f, b in pairs), key=lambda entry: sum(entry)
     )
-    bound = (back.buffer_bound or 0) // 2 if world > 1 else 0  # one half of the rows are keys, the other their gradients
-    stated = bound * (shape.row_bytes(What.KV) + shape.row_bytes(What.DKV))
+    travels = (What.KV, What.DKV) if rotation == "kv" else (What.Q, What.DOUT, What.DQ)
+    stated = 2 * tokens * sum(shape.row_bytes(what) for what in travels) if world > 1 else 0
     return Memory(schedule, world, tokens, inputs, outputs, kept, workspace, stated)
 
 

@@ -11,7 +11,10 @@ from distattn.parallel import layout as layouts
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
 from distattn.parallel.plan import Plan
+from distattn.parallel.schedules.double_ring import double_ring
+from distattn.parallel.schedules.gather import gather
 from distattn.parallel.schedules.ring import query_ring, ring
+from distattn.parallel.schedules.tree import tree
 from distattn.parallel.strategy import Rotate, Strategy
 from distattn.parallel.transpose import Keep
 
@@ -55,10 +58,38 @@ def _query_ring(layout: Layout, mask: Mask, _: Strategy, rank: int | None) -> Pl
     return query_ring(layout, mask, rank)
 
 
+def _double_ring(layout: Layout, mask: Mask, strategy: Strategy, rank: int | None) -> Plan:
+    return double_ring(layout, mask, _inner_devices(layout, strategy), rank)
+
+
+def _gather(layout: Layout, mask: Mask, strategy: Strategy, rank: int | None) -> Plan:
+    return gather(layout, mask, strategy.stages or 2, rank)
+
+
+def _tree(layout: Layout, mask: Mask, strategy: Strategy, rank: int | None) -> Plan:
+    return tree(layout, mask, _inner_devices(layout, strategy), strategy.in_flight, rank)
+
+
+def _inner_devices(layout: Layout, strategy: Strategy) -> int:
+    """Ranks a node among those that share heads; with whole nodes exchanging heads every one is in a node of its own."""
+    if strategy.devices is None:
+        return layout.world
+    return max(1, strategy.devices // strategy.ulysses)
+
+
 SCHEDULES: dict[str, Named] = {
-    "ring": Named("contiguous", _ring, "keys hop from neighbour to neighbour; full masks, windows", _query_ring),
-    "zigzag": Named("zigzag", _ring, "a ring with two chunks a rank; causal masks, balanced exactly", _query_ring),
-    "striped": Named("striped", _ring, "a ring with every P-th token a rank; causal masks and windows", _query_ring),
+    "ring": Named("contiguous", _ring, "full masks and windows: keys hop from neighbour to neighbour", _query_ring),
+    "zigzag": Named("zigzag", _ring, "causal masks: a ring with two chunks a rank, balanced exactly", _query_ring),
+    "striped": Named("striped", _ring, "causal masks and windows: a ring with every P-th token a rank", _query_ring),
+    "double_ring": Named(
+        "zigzag", _double_ring, "many nodes: a ring in each, and one over all network links that hides behind it"
+    ),
+    "gather": Named(
+        "contiguous", _gather, "packed documents and windows: only the keys that are needed, straight from their owners"
+    ),
+    "tree": Named(
+        "zigzag", _tree, "few queries on many keys: queries travel down a tree, partial results are merged on the way up"
+    ),
 }
 
 

@@ -92,7 +92,7 @@ def _plan(
         bands=bands,
         transfers=transfers[np.lexsort(key)],
         kept=no_kept(),
-        buffer_bound=(2 if key_side else 5) * int(rows.max(initial=0)),
+        buffer_bound=(2 if key_side else 4) * int(rows.max(initial=0)),
         bands_of=rank,
     )
 

@@ -12,11 +12,10 @@ import torch
 from distattn.attention import ContextParallel
 from distattn.launch.bench_attention import main, make_problem, parse
 from distattn.launch.bench_attention_cost import Idle, Silent, memory, seconds_a_pass
-from distattn.launch.bench_attention_ranks import Ranks, RanksFailed, balance
+from distattn.launch.bench_attention_ranks import SCHEDULES, Ranks, RanksFailed, balance
 from distattn.launch.bench_attention_single import Problem, Times, in_turns, ours, peers
 from distattn.parallel.comm_threads import run_ranks
 from distattn.parallel.mask import causal
-from distattn.parallel.schedules import SCHEDULES
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,7 +67,7 @@ def test_counted_bytes_are_those_of_a_run(schedule: str, world: int) -> None:
         dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
         # The operator hands out gradients in the dtype of the inputs, which here is the one they are summed up in.
         mine = sum(x.nbytes for x in (q, k, v, dout, out, lse, dq, dk, dv))
-        return mine, kept.nbytes + sum(x.nbytes for x in cp._executor._workspace.values())
+        return mine, kept.nbytes + sum(x.nbytes for x in cp._executors[1]._workspace.values())
 
     found = run_ranks(world, rank, timeout=60)
     [row] = [row for row in memory(one, tokens) if (row.schedule, row.world) == (schedule, world)]

@@ -26,7 +26,7 @@ from tests.launch.test_train import ROOT
 def test_one_process_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--quick", "--device", "cpu", "--json", str(tmp_path / "report.json")]) == 0
     said = capsys.readouterr().out
-    assert "All good: ring, zigzag, striped on one process" in said and "triton: not considered for CPU tensors" in said
+    assert f"All good: {', '.join(SCHEDULES)} on one process" in said and "triton: not considered for CPU tensors" in said
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["ok"] and report["plans"] == 12 and not report["wrong_plans"]
     assert {f["schedule"] for f in report["findings"]} == {ALONE, *SCHEDULES}
@@ -81,16 +81,16 @@ def test_all_ranks_come_to_the_same_verdict() -> None:
 
 
 def test_a_wrong_plan_is_named_and_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    place, ring = SCHEDULES["zigzag"]
+    named = SCHEDULES["zigzag"]
 
-    def lossy(layout, mask):
-        plan = ring(layout, mask)
+    def lossy(*arguments):
+        plan = named.build(*arguments)
         return replace(plan, transfers=plan.transfers[:-1])
 
-    monkeypatch.setitem(SCHEDULES, "zigzag", (place, lossy))
+    monkeypatch.setitem(SCHEDULES, "zigzag", replace(named, build=lossy))
     report = examined(2)[0]
     assert report.verdict.startswith("WRONG: the plan of zigzag on causal: ")
-    assert {f.schedule for f in report.findings} == {ALONE, "ring", "striped"} and not any(f.wrong for f in report.findings)
+    assert {f.schedule for f in report.findings} == {ALONE, *SCHEDULES} - {"zigzag"} and not any(f.wrong for f in report.findings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -187,7 +187,7 @@ WOUNDS = {
 @pytest.mark.parametrize(
     ("wound", "verdict"),
     [
-        ("none", "All good: ring, zigzag, striped on 2 processes"),
+        ("none", f"All good: {', '.join(SCHEDULES)} on 2 processes"),
         pytest.param("raises", "WRONG: rank 1 failed in ring on causal, float32: RuntimeError: wounded", marks=pytest.mark.slow),
         ("killed", "WRONG: rank "),
     ],
