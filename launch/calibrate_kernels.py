@@ -173,21 +173,22 @@ def _curve(
     for size in grid.sizes:
         per_query, per_key = row_traffic(bench.shape(size), direction)
         flops_of_pair = grid.heads * pair_flops(bench.shape(size), direction)
-        points = rates[size] = {}
-        for side in grid.sides:
+        points: dict[int, float] = {}
+        for side in sorted(grid.sides, reverse=True):
             flops = spent = 0.0
             for q_rows, k_rows in {(side, grid.long), (grid.long, side)}:
                 rows = q_rows if direction == "forward" else k_rows
                 filled = min(1.0, grid.heads * -(-rows // tile) / units)
                 overhead = launch + band + (q_rows * per_query + k_rows * per_key) / memory
                 seconds = bench.task(size, direction, q_rows, k_rows)
-                # Half at least is work: a launch that is all overhead tells nothing of the rate.
-                spent += max(seconds - overhead, seconds / 2) * filled
+                spent += max(seconds - overhead, 1e-3 * seconds) * filled
                 flops += q_rows * k_rows * flops_of_pair
-            points[side] = flops / spent
+            # A launch that is nearly all overhead tells nothing of the rate; but a shorter side is never faster.
+            points[side] = min([flops / spent, *points.values()])
+        rates[size] = dict(sorted(points.items()))
         say(
             f"{direction}, head size {size}: "
-            + ", ".join(f"{side} rows {rate / 1e12:.3g}" for side, rate in points.items())
+            + ", ".join(f"{side} rows {rate / 1e12:.3g}" for side, rate in rates[size].items())
             + " TFLOP/s"
         )
     return found, rates
