@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from distattn.kv_cache import KVCache, KVShard
     from distattn.parallel.mask import causal, chunked, documents, full, prefix_lm, sliding_window, union
     from distattn.parallel.plan import Plan
+    from distattn.parallel.strategy import Strategy
     from distattn.parallel.verify import verify
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "KVCache",
     "KVShard",
     "Plan",
+    "Strategy",
     "__version__",
     "causal",
     "chunked",
@@ -40,6 +42,7 @@ _HOME = {
     "KVCache": "distattn.kv_cache",
     "KVShard": "distattn.kv_cache",
     "Plan": "distattn.parallel.plan",
+    "Strategy": "distattn.parallel.strategy",
     "decode_attention": "distattn.decode",
     "verify": "distattn.parallel.verify",
     **dict.fromkeys(("causal", "chunked", "documents", "full", "prefix_lm", "sliding_window", "union"), "distattn.parallel.mask"),

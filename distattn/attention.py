@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import distattn
+from distattn.head_exchange import ulysses_attention
 from distattn.kernels import RANKING
 from distattn.ops import HANDLES, Kernels, Session
 from distattn.ops import attention as attention_op
 from distattn.parallel.comm import Communicator, SoloCommunicator
+from distattn.parallel.comm_group import GroupView
 from distattn.parallel.executor import Executor
+from distattn.parallel.head_split import too_few_heads
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
 from distattn.parallel.rank_plan import RankPlan, make_rank_plan
@@ -51,6 +54,7 @@ class AttentionPlan:
     session: Session  # held, so that its handle stays valid as long as this plan does
     handle: int
     rows: int  # of this rank
+    ulysses: int  # ranks that exchange heads for tokens around the plan
 
     @property
     def mask(self) -> Mask:
@@ -109,7 +113,7 @@ class ContextParallel:
         self.communicator = communicator or _communicator(group, timeout)
         self.strategy, self.home, self.pad_to_equal = strategy, home, pad_to_equal
         self.cached_plans = cached_plans
-        self._executor = Executor(self.communicator)
+        self._executors: dict[int, Executor] = {}  # by the degree of the head exchange around their plans
         self._plans: OrderedDict[bytes, AttentionPlan] = OrderedDict()
         self._kernels = Kernels(backend)
 
@@ -132,13 +136,21 @@ class ContextParallel:
         found = self._plans.get(mask.digest)
         if found is None:
             made = make_rank_plan(self.communicator, mask, self.strategy, self.pad_to_equal, distattn.__version__)
-            session = Session(made, self._executor, self._kernels, self.home)
-            found = AttentionPlan(made, LocalRows(made.layout, mask, self.rank), session, HANDLES.add(session), made.rows)
+            ulysses = made.schedule.ulysses
+            session = Session(made, self._executor(ulysses), self._kernels, self.home)
+            local = LocalRows(made.layout, mask, self.rank)
+            found = AttentionPlan(made, local, session, HANDLES.add(session), made.rows, ulysses)
             self._plans[mask.digest] = found
             while len(self._plans) > self.cached_plans:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(mask.digest)
         return found
+
+    def _executor(self, ulysses: int) -> Executor:
+        if ulysses not in self._executors:
+            group = self.communicator if ulysses == 1 else GroupView(self.communicator, ulysses)
+            self._executors[ulysses] = Executor(group)
+        return self._executors[ulysses]
 
     def close(self) -> None:
         """Releases the groups and the watcher of this rank. Plans of this object cannot attend any more."""
@@ -191,7 +203,7 @@ class ContextParallel:
             if isinstance(value, Tensor) or value not in (None, False, 0.0):
                 said = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
                 raise ValueError(f"attention was asked for {name}={said}, which is not supported: {UNSUPPORTED[name]}.")
-        if not isinstance(plan, AttentionPlan) or plan.session.executor is not self._executor:
+        if not isinstance(plan, AttentionPlan) or plan.session.executor is not self._executors.get(plan.ulysses):
             raise ValueError(f"attention() needs a plan that this ContextParallel made with plan(mask). Found {plan!r}.")
         format = format or ("thd" if q.dim() == 3 else "bshd")
         _check(q, k, v, sinks, softcap, format)
@@ -206,7 +218,10 @@ class ContextParallel:
         if sinks is not None:
             sinks = sinks.repeat(batch) if batch > 1 else sinks
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        out, lse, _ = attention_op(q, k, v, sinks, plan.handle, float(scale), float(softcap))
+        if plan.ulysses > q.shape[1]:
+            raise ValueError(f"{too_few_heads(q.shape[1], plan.ulysses)} {found}.")
+        operator = ulysses_attention if plan.ulysses > 1 else attention_op
+        out, lse, *_ = operator(q, k, v, sinks, plan.handle, float(scale), float(softcap))
         out, lse = _unfold(out, format, batch), _unfold(lse, format, batch)
         return (out, lse) if return_lse else out
 

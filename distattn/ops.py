@@ -10,7 +10,7 @@ import itertools
 import logging
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distattn.kernels import Choice, choose
 from distattn.kernels.contract import Backend, Scores, accumulate_dtype
+from distattn.parallel.exchange import HeadExchange
 from distattn.parallel.executor import Executor
 from distattn.parallel.program import Program
 from distattn.parallel.rank_plan import RankPlan
@@ -49,12 +50,17 @@ class Kernels:
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """What a handle stands for: a plan and the executor of the rank that it was made for."""
+    """What a handle stands for: a plan and the executor of the rank that it was made for.
+
+    With a head exchange ``executor`` has the communicator of the ranks that run the plan with the same heads, and ``exchanges``
+    holds this rank's part in the exchanges by the calls that all ranks have agreed on.
+    """
 
     plan: RankPlan
     executor: Executor
     kernels: Kernels
     home: torch.dtype | None
+    exchanges: dict[tuple[Shape, Scores, bool], HeadExchange] = field(default_factory=dict)
 
 
 class Handles:
@@ -118,6 +124,22 @@ def _(q, k, v, sinks, handle, scale, softcap):
     return out, q.new_empty(q.shape[0], q.shape[1], dtype=accumulate_dtype(q.dtype)), q.new_empty(kept, dtype=torch.uint8)
 
 
+def upstream(dout: Tensor | None, dlse: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of out as kernels take it, and delta: all that a backward pass needs to know of out and of its gradients."""
+    dtype = accumulate_dtype(out.dtype)
+    dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    delta = torch.linalg.vecdot(dout.to(dtype), out.to(dtype))
+    return dout, delta if dlse is None else delta - dlse
+
+
+def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """[H]. A sink is a key of score ``sink`` whose value is 0: ds = p * (0 - delta)."""
+    p = torch.exp(sinks.to(lse.dtype) - lse.masked_fill(lse == -torch.inf, torch.inf))
+    return (-p * delta).sum(0).to(sinks.dtype)
+
+
 @torch.library.custom_op("distattn::attention_backward", mutates_args=())
 def attention_backward(
     dout: Tensor | None,
@@ -137,20 +159,9 @@ def attention_backward(
     session = HANDLES[handle]
     scores = Scores(scale, softcap)
     _, program = _programs(session, q, k, v, sinks, scores)
-    dtype = program.shape.accumulate
-    if dout is None:
-        dout = torch.zeros_like(out)
-    dout = dout.to(q.dtype)
-    if dout.stride(-1) != 1:
-        dout = dout.contiguous()
-    delta = torch.linalg.vecdot(dout.to(dtype), out.to(dtype))
-    if dlse is not None:
-        delta = delta - dlse
+    dout, delta = upstream(dout, dlse, out)
     dq, dk, dv = session.executor.backward(program, session.kernels(q, k, v, scores), dout, q, k, v, delta, lse, kept, scores)
-    dsinks = q.new_empty(0)
-    if sinks is not None:  # a sink is a key of score `sink` whose value is 0: ds = p * (0 - delta)
-        p = torch.exp(sinks.to(dtype) - lse.masked_fill(lse == -torch.inf, torch.inf))
-        dsinks = (-p * delta).sum(0).to(sinks.dtype)
+    dsinks = q.new_empty(0) if sinks is None else sinks_gradient(sinks, lse, delta)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
 
 
@@ -175,10 +186,13 @@ def _backward(ctx, dout, dlse, _):
 attention.register_autograd(_backward, setup_context=_setup_context)
 
 
+SAVED = ("distattn.attention.default", "distattn.ulysses_attention.default")
+
+
 def save_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> torch.utils.checkpoint.CheckpointPolicy:
     """A selective checkpointing policy under which attention and its communication run once; all else is recomputed.
 
     Use: ``checkpoint(f, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, save_attention))``.
     """
     policy = torch.utils.checkpoint.CheckpointPolicy
-    return policy.MUST_SAVE if op == torch.ops.distattn.attention.default else policy.PREFER_RECOMPUTE
+    return policy.MUST_SAVE if str(op) in SAVED else policy.PREFER_RECOMPUTE

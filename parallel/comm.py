@@ -141,7 +141,7 @@ class SoloCommunicator:
     rank = 0
     world = 1
 
-    def __init__(self, lanes: int = 3, timeout: float = 600.0) -> None:
+    def __init__(self, lanes: int = 4, timeout: float = 600.0) -> None:
         self.lanes = lanes
         self.timeout = timeout
 

@@ -52,7 +52,7 @@ class ProcessCommunicator:
         PeerError: a peer does not take part in the construction.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, lanes: int = 3, timeout: float = 600.0) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, lanes: int = 4, timeout: float = 600.0) -> None:
         if not dist.is_initialized():
             raise ValueError(
                 "A communicator between processes needs torch.distributed, which is not initialised. "

@@ -379,7 +379,7 @@ def run_ranks(
     world: int,
     fn: Callable[[ThreadCommunicator], Any],
     timeout: float = 60.0,
-    lanes: int = 3,
+    lanes: int = 4,
     gate: Gate | None = None,
     device: torch.device | str = "cpu",
 ) -> list[Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distattn.kernels.bands import K0, K1, Q0, Q1, areas
+from distattn.parallel.head_split import HeadSplit, Parts, bytes_of, inner_shape, row_parts
 from distattn.parallel.intervals import Intervals, groups, subtract, union
 from distattn.parallel.plan import (
     DST,
@@ -29,6 +30,7 @@ from distattn.parallel.plan import (
     Plan,
     What,
 )
+from distattn.parallel.schedule import Schedule
 from distattn.parallel.shape import Shape
 
 
@@ -52,11 +54,48 @@ class Statistics:
 def statistics(plan: Plan, shape: Shape) -> Statistics:
     """Statistics of a whole plan for the heads, head sizes and dtypes of ``shape``."""
     t = plan.transfers
+    volume = bytes_by_link(plan, shape)
+    _, first = groups(t[:, SRC], t[:, DST], t[:, LANE], t[:, POST])
+    return Statistics(work(plan), volume, wasted_rows(plan), peak_buffer_rows(plan), len(first))
+
+
+def bytes_by_link(plan: Plan, shape: Shape) -> np.ndarray:
+    """Payload bytes from rank to rank, int64 [P, P]."""
+    t = plan.transfers
     per_row = np.array([shape.row_bytes(what) for what in What], dtype=np.int64)
     volume = np.zeros((plan.world, plan.world), dtype=np.int64)
     np.add.at(volume, (t[:, SRC], t[:, DST]), (t[:, STOP] - t[:, START]) * per_row[t[:, WHAT]])
-    _, first = groups(t[:, SRC], t[:, DST], t[:, LANE], t[:, POST])
-    return Statistics(work(plan), volume, wasted_rows(plan), peak_buffer_rows(plan), len(first))
+    return volume
+
+
+def exchange_bytes(schedule: Schedule, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """Payload bytes from rank to rank of a schedule's head exchanges, forward and backward, int64 [P, P] of all its ranks.
+
+    Args:
+        shape: of the calls, with all heads.
+    """
+    u, rows = schedule.ulysses, schedule.layout.rows_all
+    parts = [row_parts(shape, piece) for piece in HeadSplit(shape.heads, shape.kv_heads, u).slices]
+    group, place = np.divmod(np.arange(schedule.world), u)
+    trade = (group[:, None] == group) & (place[:, None] != place)
+
+    def there_and_back(there: list[Parts], back: list[Parts]) -> np.ndarray:
+        go, come = (np.array([bytes_of(p) for p in side], dtype=np.int64)[place] for side in (there, back))
+        return np.where(trade, rows[:, None] * go + come[:, None] * rows, 0)
+
+    forward = there_and_back([p.inputs for p in parts], [p.outputs for p in parts])
+    return forward, there_and_back([p.upstream for p in parts], [p.gradients for p in parts])
+
+
+def schedule_bytes(schedule: Schedule, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """Payload bytes from rank to rank of a whole schedule, head exchanges and plans, forward and backward, int64 [P, P]."""
+    forward, backward = exchange_bytes(schedule, shape)
+    u = schedule.ulysses
+    for i, piece in enumerate(HeadSplit(shape.heads, shape.kv_heads, u).slices):
+        inner = inner_shape(shape, piece)
+        forward[i::u, i::u] += bytes_by_link(schedule.forward, inner)
+        backward[i::u, i::u] += bytes_by_link(schedule.backward(schedule.rotation(inner)), inner)
+    return forward, backward
 
 
 def work(plan: Plan) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 
 from distattn.kernels.bands import Q0, Q1, areas, clip, localize, shift
 from distattn.parallel.cover import Fingerprint, P
+from distattn.parallel.head_split import HeadSplit
 from distattn.parallel.intervals import Intervals, cut, expand, groups
 from distattn.parallel.localize import local_bands
 from distattn.parallel.plan import (
@@ -36,6 +37,9 @@ from distattn.parallel.plan import (
     What,
     assemble,
 )
+from distattn.parallel.schedule import Schedule
+from distattn.parallel.schedules import SCHEDULES
+from distattn.parallel.shape import Shape
 from distattn.parallel.statistics import peak_buffer_rows
 
 
@@ -69,6 +73,66 @@ def verify(plan: Plan | Sequence[Plan]) -> None:
         findings += _first(check(plan))
     if findings:
         raise PlanError(findings)
+
+
+def verify_schedule(schedule: Schedule, shape: Shape | None = None) -> None:
+    """Checks a whole schedule: its forward plan and every backward plan it has, and its head exchange.
+
+    The ranks of a group hold the rows of their inner shard, in its order. With ``shape`` (of the calls, with all heads): the
+    slices cover the query heads exactly once, and each reads the key heads of its queries.
+
+    Raises:
+        PlanError: naming each defect found, and the plan that has it.
+        ValueError: the schedule was made for one rank.
+    """
+    if schedule.rank is not None:
+        raise ValueError(f"A schedule made for rank {schedule.rank} alone cannot be verified: make it without a rank.")
+    plans = {"forward": schedule.forward, "backward (kv)": schedule.backward("kv")}
+    if SCHEDULES[schedule.strategy.schedule].turned is not None:
+        plans |= {"forward (q)": schedule.turned, "backward (q)": schedule.backward("q")}
+    findings = _first(_refines(schedule))
+    if shape is not None:
+        findings += _first(_heads_once(HeadSplit(shape.heads, shape.kv_heads, schedule.ulysses)))
+    for name, plan in plans.items():
+        try:
+            verify(plan)
+        except PlanError as error:
+            findings += [f"{name}: {f}" for f in error.findings]
+    if findings:
+        raise PlanError(findings)
+
+
+def _refines(schedule: Schedule) -> Iterator[str]:
+    """The shards of each group of ranks, one after the other, are the inner shard that they share."""
+    outer, inner, u = schedule.layout, schedule.inner, schedule.ulysses
+    for name, a, b in (("ranks", outer.world, inner.world * u), ("tokens", outer.n_tokens, inner.n_tokens)):
+        if a != b:
+            yield f"the outer layout has {a} {name}, the inner one with ulysses {u} has {b}"
+            return
+    for group in np.flatnonzero(np.diff(outer.row_ptr[::u]) != inner.rows_all):
+        rows = outer.row_ptr[u * (group + 1)] - outer.row_ptr[u * group]
+        yield f"ranks {u * group} to {u * group + u - 1} hold {rows} rows of the {inner.rows(int(group))} of inner shard {group}"
+    for position in np.flatnonzero(outer.unshard_index != inner.unshard_index)[:1]:
+        (rank, row), (group, place) = (tuple(int(x) for x in layout.owner_of(position)) for layout in (outer, inner))
+        yield f"position {position} is row {row} of rank {rank}, but row {place} of inner shard {group}"
+
+
+def _heads_once(split: HeadSplit) -> Iterator[str]:
+    """Every query head is in one slice, and meets its own key head there."""
+    group = split.heads // split.kv_heads
+    counts = np.zeros(split.heads, dtype=np.int64)
+    for i, piece in enumerate(split.slices):
+        counts[piece.start : piece.stop] += 1
+        if not piece.kv_held or piece.heads % piece.kv_held:
+            yield f"slice {i} has {piece.heads} query heads for {piece.kv_held} key heads"
+            continue
+        held = np.repeat(np.arange(piece.kv_start, piece.kv_stop), piece.copies)
+        read = np.repeat(held, piece.heads // piece.kv_held)
+        for j in np.flatnonzero(read != np.arange(piece.start, piece.stop) // group)[:1]:
+            head = piece.start + j
+            yield f"query head {head} in slice {i} reads key head {read[j]} instead of {head // group}"
+    for head in np.flatnonzero(counts != 1):
+        yield f"query head {head} is in {counts[head]} slices"
 
 
 def _first(findings: Iterator[str], most: int = 4) -> list[str]:
