@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -57,7 +58,6 @@ class Sampling:
         return int(torch.searchsorted(below, chance * below[-1], right=True).clamp(max=int(logits.isfinite().nonzero()[-1])))
 
 
-@torch.no_grad()
 def generate(
     model: Decoder,
     cp: ContextParallel,
@@ -89,12 +89,27 @@ def generate(
             f"The prompt has tokens from {int(prompt.min())} to {int(prompt.max())}, the model knows 0 to "
             f"{config.vocab_size - 1}. Use the tokenizer that the model was trained with."
         )
-    weight = model.embedding.weight
-    on = weight.device.type
-    dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else weight.dtype
-    cache = KVCache(cp, config.layers, config.kv_heads, config.head_width, dtype=dtype, device=weight.device, block=block)
+    device = model.embedding.weight.device
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else model.embedding.weight.dtype
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "capacity": len(prompt) + count, "block": block}
+    cache = KVCache(cp, config.layers, config.kv_heads, config.head_width, **options)
+    return _tokens(model, cp, cache, prompt.to(device), count, sampling, vocabulary, devices)
+
+
+@torch.no_grad()
+def _tokens(
+    model: Decoder,
+    cp: ContextParallel,
+    cache: KVCache,
+    prompt: Tensor,
+    count: int,
+    sampling: Sampling,
+    vocabulary: int | None,
+    devices: int | None,
+) -> Iterator[int]:
     random = torch.Generator().manual_seed(sampling.seed)  # on every rank, so that any of them can choose
-    logits, speaker = prefill(model, cp, cache, prompt.to(weight.device)), last_owner(cp, len(prompt))
+    logits, speaker = prefill(model, cp, cache, prompt), last_owner(cp, len(prompt))
     for number in range(count):
         chance = float(torch.rand((), generator=random, dtype=torch.float64))
         mine = sampling.choose(logits[-1, :vocabulary], chance) if cp.rank == speaker else 0
@@ -102,7 +117,7 @@ def generate(
         token = int.from_bytes(cp.communicator.all_gather_bytes(mine.to_bytes(8, "little"))[speaker], "little")
         yield token
         if number + 1 < count:
-            logits, speaker = step(model, cp, cache, torch.tensor([token], device=weight.device), devices), 0
+            logits, speaker = step(model, cp, cache, prompt.new_tensor([token]), devices), 0
 
 
 def last_owner(cp: ContextParallel, length: int) -> int:

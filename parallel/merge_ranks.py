@@ -186,6 +186,7 @@ def _swap(given: Tensor, communicator: Communicator, stride: int, awaited: Await
     others = [(mine + step) % radix for step in range(1, radix)]
     sends = [(first + i * stride, given[i]) for i in others]
     receives = [(first + i * stride, came[i]) for i in reversed(others)]
+    communicator.report(awaited)
     communicator.post(0, sends, receives, awaited).wait()
     return came
 
