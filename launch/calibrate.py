@@ -235,7 +235,9 @@ def write(data: dict[str, Any], path: Path) -> None:
     data = _with_whole_keys(data)
     read_cluster(data, "what was measured")
     head = "# Made by launch/calibrate.py. What each figure means: parallel/cluster.py.\n"
-    path.write_text(head + yaml.safe_dump(data, sort_keys=False, width=120, default_flow_style=None))
+    figures = {key: value for key, value in data.items() if key != "sources"}
+    text = yaml.safe_dump(figures, sort_keys=False, width=120, default_flow_style=None)
+    path.write_text(head + text + yaml.safe_dump({"sources": data["sources"]}, width=120))
 
 
 if __name__ == "__main__":
