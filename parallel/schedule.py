@@ -7,7 +7,7 @@ from typing import Literal
 
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
-from distattn.parallel.plan import NEED, START, STOP, WHAT, Plan, What
+from distattn.parallel.plan import Plan, What
 from distattn.parallel.schedules import SCHEDULES, build_plan, checked_strategy, make_layout
 from distattn.parallel.shape import Shape
 from distattn.parallel.strategy import Strategy
@@ -59,26 +59,16 @@ class Schedule:
         return self._turned
 
     def rotation(self, shape: Shape) -> Rotation:
-        """What the backward plan moves for these heads, head sizes and dtypes: as asked, or what is fewer bytes in all."""
+        """What the backward plan moves for these heads, head sizes and dtypes: as asked, or what is fewer bytes a row and hop."""
         if self.strategy.rotate != "auto":
             return self.strategy.rotate
-        if SCHEDULES[self.strategy.schedule].turned is None:
+        hops = self.forward.stages - 1  # the same on all ranks, as the table of one rank's transfers is not
+        if SCHEDULES[self.strategy.schedule].turned is None or hops == 0:
             return "kv"
-        kv, q = self.backward_bytes("kv", shape), self.backward_bytes("q", shape)
+        again = {"all": 0.0, "last": 1 - 1 / hops, "none": 1.0}[self.strategy.keep]
+        kv = shape.row_bytes(What.DKV) + again * shape.row_bytes(What.KV)
+        q = sum(shape.row_bytes(what) for what in (What.Q, What.DOUT, What.DQ))
         return "q" if q < kv else "kv"
-
-    def backward_bytes(self, rotation: Rotation, shape: Shape) -> int:
-        """Payload bytes of all ranks of the inner plan in one backward pass, from the tables of a ring's forward plan."""
-        plan = self.forward if rotation == "kv" else self.turned
-        t = plan.transfers
-        rows = t[:, STOP] - t[:, START]
-        moved = {what: int(rows[t[:, WHAT] == what].sum()) for what in What}
-        if rotation == "q":
-            carried = moved[What.Q] * (shape.row_bytes(What.Q) + shape.row_bytes(What.DQ))
-            return carried + moved[What.OUT] * shape.row_bytes(What.DOUT)
-        last = int(rows[t[:, NEED] == plan.stages - 1].sum()) if plan.stages > 1 else 0
-        kept = {"all": moved[What.KV], "last": last, "none": 0}[self.strategy.keep]
-        return moved[What.KV] * shape.row_bytes(What.DKV) + (moved[What.KV] - kept) * shape.row_bytes(What.KV)
 
 
 def make_schedule(

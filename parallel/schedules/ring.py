@@ -25,11 +25,12 @@ def ring(layout: Layout, mask: Mask, rank: int | None = None, grain: int = GRAIN
     Volume: at most P - 1 shards of keys and values out of each rank; memory: two runs of received keys.
 
     Args:
-        rank: make the bands of this rank only; all tasks and transfers stand without them.
+        rank: make the bands of this rank only, and of the tables what its view and its transposition depend on.
         grain: rows; what nobody needs is sent along where it is a shorter gap than this.
     """
-    runs = chain_runs(mask.bands.table, layout, grain)
-    return _plan("ring", layout, mask, runs, rank, key_side=True, transfers=_hops(layout.world, runs, What.KV), stages=0)
+    runs, stages = _around(chain_runs(mask.bands.table, layout, grain), layout.world, rank)
+    transfers = _hops(layout.world, runs, What.KV)
+    return _plan("ring", layout, mask, runs, rank, key_side=True, transfers=transfers, stages=stages)
 
 
 def query_ring(layout: Layout, mask: Mask, rank: int | None = None, grain: int = GRAIN) -> Plan:
@@ -38,8 +39,8 @@ def query_ring(layout: Layout, mask: Mask, rank: int | None = None, grain: int =
     Partial results follow their queries one stage behind, merged on every rank, and the last one sends them home. Its
     transposition moves q, dout, lse, delta and dq: H (8 D + 8) bytes a row and hop, against 12 H_kv D of ring attention.
     """
-    runs = chain_runs(mask.bands.transpose().table, layout, grain)
     world = layout.world
+    runs, stages = _around(chain_runs(mask.bands.transpose().table, layout, grain), world, rank)
     queries, partials = _hops(world, runs, What.Q), _hops(world, runs, What.OUT)
     last = _last_hops(runs, world)
     home = _hops(world, last, What.OUT)
@@ -47,9 +48,18 @@ def query_ring(layout: Layout, mask: Mask, rank: int | None = None, grain: int =
     for out, late in ((partials, 1), (home, 2)):  # hop t takes the partials of hop t - 1
         out[:, 6], out[:, 7], out[:, 8] = HOME_LANE, out[:, 7] + late, out[:, 8] + late
     partials = partials[runs.hop > 1]
-    stages = int(last.hop.max(initial=-1)) + 2
     transfers = np.concatenate([queries, partials, home])
-    return _plan("query_ring", layout, mask, runs, rank, key_side=False, transfers=transfers, stages=stages)
+    return _plan("query_ring", layout, mask, runs, rank, key_side=False, transfers=transfers, stages=stages + (stages > 1))
+
+
+def _around(runs: Runs, world: int, rank: int | None) -> tuple[Runs, int]:
+    """(runs that the view of a rank and its transposition depend on, stages of the ring)."""
+    stages = int(runs.hop.max(initial=0)) + 1
+    if rank is None:
+        return runs, stages
+    place = (runs.owner + runs.hop - rank) % world
+    near = (place <= 2) | (place == world - 1) | (runs.owner == rank) | (runs.hop == stages - 1)
+    return Runs(*(column[near] for column in runs)), stages
 
 
 def _hops(world: int, runs: Runs, what: What) -> np.ndarray:
@@ -86,7 +96,7 @@ def _plan(
         direction="forward",
         layout=layout,
         mask=mask,
-        stages=max(stages, int(tasks[:, 0].max(initial=0)) + 1),
+        stages=stages,
         tasks=tasks,
         band_ptr=np.concatenate([[0], np.cumsum(np.bincount(task, minlength=len(tasks)))]).astype(np.int64),
         bands=bands,

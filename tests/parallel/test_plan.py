@@ -112,7 +112,6 @@ def test_the_backward_pass_moves_what_is_fewer_bytes(heads, kv_heads, moves, kee
     for rotation in ("kv", "q"):
         verify(schedule.backward(rotation))
         counted[rotation] = statistics(schedule.backward(rotation), shape).bytes_by_link.sum()
-        assert counted[rotation] == schedule.backward_bytes(rotation, shape)
     kept = {"last": 1, "none": 0, "all": world - 1}[keep]
     assert counted["q"] == world * t * (world - 1) * heads * (8 * 128 + 8)
     assert counted["kv"] == world * t * (12 * (world - 1) - 4 * kept) * kv_heads * 128

@@ -1,0 +1,186 @@
+"""What a strategy costs on a cluster, in seconds and bytes: a whole schedule simulated, or some of its ranks.
+
+Plans of many ranks are priced by the views of a few: the ranks with the most work and those at the border of a node, which
+use the slow links. The others are taken to be ready whenever one of these is, so that their own waiting is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from distattn.kernels.bands import areas
+from distattn.parallel.cluster import Cluster
+from distattn.parallel.head_split import HeadSplit, bytes_of, inner_shape, row_parts
+from distattn.parallel.layout import Layout
+from distattn.parallel.localize import local_bands
+from distattn.parallel.mask import Mask
+from distattn.parallel.plan import DST, SRC, STAGE, START, STOP, WHAT, Plan, What
+from distattn.parallel.schedule import Rotation, make_schedule
+from distattn.parallel.schedules import make_layout
+from distattn.parallel.shape import Shape
+from distattn.parallel.simulate import PassTimes, simulate_pass
+from distattn.parallel.statistics import peak_buffer_rows
+from distattn.parallel.strategy import Strategy
+from distattn.parallel.workload import Exchange
+
+WHOLE = 16  # ranks of a plan up to which all of them are simulated
+LOOKED_AT = 16  # ranks whose work is counted to find the busiest of a larger plan
+
+
+@dataclass(frozen=True)
+class Price:
+    """One strategy on one mask, shape and cluster.
+
+    Attributes:
+        forward, backward: seconds of attention with its head exchanges, until the last rank is done.
+        exposed: seconds of both in which the rank that lasts longest waited for what was on its way.
+        balance: mask area of the busiest rank over the mean.
+        bytes_inside, bytes_between: that the rank which sends most sends to its node and to others, both passes.
+        buffer_bytes: foreign rows that a rank holds at once, the largest rank's.
+        ranks: inner ranks that were simulated; all of them, or a sample.
+    """
+
+    strategy: Strategy
+    forward: PassTimes
+    backward: PassTimes
+    exposed: float
+    balance: float
+    bytes_inside: int
+    bytes_between: int
+    buffer_bytes: int
+    ranks: int
+    rotation: Rotation
+
+    @property
+    def seconds(self) -> float:
+        """Both passes."""
+        return self.forward.seconds + self.backward.seconds
+
+
+def slices_of(shape: Shape, ulysses: int) -> list[Shape]:
+    """The shape that each rank of a head exchange attends with."""
+    return [inner_shape(shape, part) for part in HeadSplit(shape.heads, shape.kv_heads, ulysses).slices]
+
+
+def exchanges(layout: Layout, ulysses: int, shape: Shape) -> tuple[list[Exchange], list[Exchange]]:
+    """(before and after the forward plan, before and after the backward plan); empty without a head exchange."""
+    if ulysses == 1:
+        return [], []
+    parts = [row_parts(shape, part) for part in HeadSplit(shape.heads, shape.kv_heads, ulysses).slices]
+    rows = layout.rows_all
+    member = np.arange(layout.world) % ulysses
+    of_group = rows.reshape(-1, ulysses).repeat(ulysses, axis=0)  # [P, u]: rows of each rank of the group
+
+    def there(weights: list[int]) -> np.ndarray:
+        return rows[:, None] * np.array(weights)
+
+    def back(weights: list[int]) -> np.ndarray:
+        return of_group * np.array(weights)[member][:, None]
+
+    kinds = (("inputs", there), ("outputs", back), ("upstream", there), ("gradients", back))
+    made = [Exchange(name, sizes([bytes_of(getattr(p, name)) for p in parts])) for name, sizes in kinds]
+    return made[:2], made[2:]
+
+
+def sample_of(mask: Mask, layout: Layout, devices: int) -> tuple[list[int], float]:
+    """(inner ranks to simulate, mask area of the busiest looked-at rank over the mean)."""
+    world = layout.world
+    looked = np.arange(world) if world <= LOOKED_AT else np.unique(np.linspace(0, world - 1, LOOKED_AT).astype(np.int64))
+    here, there = (x.ravel() for x in np.meshgrid(looked, np.arange(world), indexing="ij"))
+    table, pair = local_bands(mask, layout, here, there)
+    work = np.bincount(pair // world, weights=areas(table), minlength=len(looked))
+    mean = mask.bands.area / world
+    balance = float(work.max() / mean) if mean else 1.0
+    if world <= WHOLE:
+        return list(range(world)), balance
+    busiest = int(looked[work.argmax()])
+    node = busiest // devices * devices
+    return sorted({node, busiest, min(node + devices, world) - 1}), balance
+
+
+def price(strategy: Strategy, mask: Mask, world: int, shape: Shape, cluster: Cluster, timeline: bool = False) -> Price:
+    """Simulates a strategy.
+
+    Raises:
+        ValueError: options that do not fit the world, heads that cannot be shared, a cluster that is too small.
+    """
+    u = strategy.ulysses
+    shapes = slices_of(shape, u)
+    whole = make_schedule(strategy, mask, world) if world // u <= WHOLE else None
+    layout, inner = (whole.layout, whole.inner) if whole else make_layout(strategy, mask, world)
+    devices = max(1, cluster.devices // u)
+    sample, balance = sample_of(mask, inner, devices)
+    made = [whole] if whole else [make_schedule(strategy, mask, world, rank=rank * u) for rank in sample]
+    rotation = made[0].rotation(shapes[0])
+    plans = [s.forward for s in made], [s.backward(rotation) for s in made]
+    plans = tuple(p[0] if whole else _joined([one.view(rank) for one, rank in zip(p, sample, strict=True)]) for p in plans)
+    around = exchanges(layout, u, shape)
+    forward, backward = (
+        simulate_pass([*trades[:1], plan, *trades[1:]], shapes, cluster, timeline)
+        for plan, trades in zip(plans, around, strict=True)
+    )
+    held = max(int(peak_buffer_rows(plan, _row_bytes(shapes[0])).max(initial=0)) for plan in plans)
+    last = int(np.argmax(forward.finish + backward.finish))
+    inside, between = _bytes_sent(plans, around, shapes[0], cluster, np.array(sample), u)
+    return Price(
+        strategy=strategy,
+        forward=forward,
+        backward=backward,
+        exposed=float(forward.exposed[last] + backward.exposed[last]),
+        balance=balance,
+        bytes_inside=inside,
+        bytes_between=between,
+        buffer_bytes=held,
+        ranks=len(sample),
+        rotation=rotation,
+    )
+
+
+def _row_bytes(shape: Shape) -> np.ndarray:
+    return np.array([shape.row_bytes(what) for what in What], dtype=np.int64)
+
+
+def _joined(views: Sequence[Plan]) -> Plan:
+    """A plan of all ranks in which only those of the views do anything; what two of them exchange is in it once."""
+    tasks = np.concatenate([v.tasks for v in views])
+    counts = np.concatenate([np.diff(v.band_ptr) for v in views])
+    order = np.argsort(tasks[:, STAGE], kind="stable")
+    place = np.argsort(order, kind="stable")
+    task_of_band = np.repeat(np.arange(len(tasks)), counts)
+    bands = np.concatenate([v.bands for v in views])[np.argsort(place[task_of_band], kind="stable")]
+    seen = np.concatenate([v.transfers for v in views])
+    return replace(
+        views[0],
+        rank=None,
+        tasks=tasks[order],
+        band_ptr=np.concatenate([[0], np.cumsum(counts[order])]).astype(np.int64),
+        bands=bands,
+        transfers=seen[np.sort(np.unique(seen, axis=0, return_index=True)[1])],
+        kept=np.concatenate([v.kept for v in views]),
+    )
+
+
+def _bytes_sent(
+    plans: Sequence[Plan],
+    around: Sequence[Sequence[Exchange]],
+    shape: Shape,
+    cluster: Cluster,
+    sample: np.ndarray,
+    ulysses: int,
+) -> tuple[int, int]:
+    """Bytes that the busiest of the sampled ranks sends to its own node and to other nodes."""
+    sent = np.zeros((2, plans[0].world), dtype=np.int64)
+    for plan in plans:
+        t = plan.transfers
+        far = t[:, SRC] * ulysses // cluster.devices != t[:, DST] * ulysses // cluster.devices
+        np.add.at(sent, (far.astype(np.int64), t[:, SRC]), (t[:, STOP] - t[:, START]) * _row_bytes(shape)[t[:, WHAT]])
+    for exchange in (e for pair in around for e in pair):
+        rank = sample * ulysses
+        member = rank[:, None] + np.arange(ulysses)
+        far = rank[:, None] // cluster.devices != member // cluster.devices
+        for side in (0, 1):
+            sent[side, sample] += np.where((far == side) & (member != rank[:, None]), exchange.sizes[rank], 0).sum(1)
+    return int(sent[0, sample].max()), int(sent[1, sample].max())
