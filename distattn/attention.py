@@ -227,7 +227,14 @@ class ContextParallel:
 
 
 def _size(group: dist.ProcessGroup | DeviceMesh | None) -> int:
-    return 1 if group is None else group.size()
+    if group is None:
+        return 1
+    if not isinstance(group, (DeviceMesh, dist.ProcessGroup)):
+        raise ValueError(
+            f"A group is a 1-D DeviceMesh or a process group of torch.distributed that this rank is in. Found {group!r}. "
+            "Pass mesh['cp'], say, or None for a world of one."
+        )
+    return group.size()
 
 
 def _communicator(group: dist.ProcessGroup | DeviceMesh | None, timeout: float) -> Communicator:

@@ -525,7 +525,7 @@ def test_tensors_without_data_are_refused() -> None:
     [
         ({"schedule": "zigzga"}, ["no schedule 'zigzga'", "ring, zigzag, striped"]),
         ({"backend": "cudnn"}, ["no backend 'cudnn'", "triton, aten, reference"]),
-        ({"keep": "some"}, ["keep must be one of last, all, none", "Found 'some'"]),
+        ({"keep": "some"}, ["keep must be one of all, last, none", "Found 'some'"]),
         ({"home": torch.int8}, ["home must be a floating-point dtype", "Found torch.int8"]),
         ({"home": "bfloat16"}, ["home must be a floating-point dtype", "Found 'bfloat16'"]),
         ({"cached_plans": 0}, ["cached_plans must be 1 or more", "Found 0"]),

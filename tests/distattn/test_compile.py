@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import distattn
-from distattn import ContextParallel
+from distattn import ContextParallel, Strategy
 from distattn.attention import AttentionPlan
 from distattn.kernels import Choice
 from distattn.kernels.aten import Aten
@@ -98,13 +98,12 @@ def test_twenty_layouts_compile_twice_with_inductor(dtype: torch.dtype) -> None:
     assert 1 <= compare_with_eager(ContextParallel(), "inductor", tolerance, dtype, layouts(20, None)) <= 2
 
 
-def test_ranks_as_threads_compile_twice_each() -> None:
-    world = 2
-
+@pytest.mark.parametrize(("strategy", "count", "total"), [(Strategy(), 8, 96), (Strategy(ulysses=2), 4, None)], ids=str)
+def test_ranks_as_threads_compile_twice_each(strategy: Strategy, count: int, total: int | None) -> None:
     def work(cp: ContextParallel) -> int:
-        return compare_with_eager(cp, "aot_eager", 1e-12, torch.float64, layouts(8, 96))
+        return compare_with_eager(cp, "aot_eager", 1e-12, torch.float64, layouts(count, total))
 
-    counts = run_ranks(world, lambda comm: work(ContextParallel(communicator=comm)), timeout=60.0)
+    counts = run_ranks(2, lambda comm: work(ContextParallel(communicator=comm, schedule=strategy)), timeout=60.0)
     assert all(1 <= count <= 2 for count in counts), counts
 
 
@@ -157,7 +156,9 @@ def directly(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     return function(*arguments)
 
 
-def counted(way: Callable[..., Tensor], compiled: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[int]]:
+def counted(
+    way: Callable[..., Tensor], compiled: bool, strategy: Strategy, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Tensor], list[int]]:
     """Results of rank 0, and (forward launches, backward launches, forward posts, backward posts) of all ranks together."""
     kernels = CountingKernels()
     monkeypatch.setattr("distattn.ops.choose", lambda *_: Choice(kernels))
@@ -166,22 +167,25 @@ def counted(way: Callable[..., Tensor], compiled: bool, monkeypatch: pytest.Monk
     def work(comm: Communicator) -> list[Tensor]:
         counting = CountingCommunicator(comm)
         posts.append(counting.posts)
-        cp = ContextParallel(communicator=counting)  # type: ignore[arg-type]
+        cp = ContextParallel(communicator=counting, schedule=strategy)  # type: ignore[arg-type]
         function = partial(way, block)
         step = torch.compile(function, backend="aot_eager") if compiled else function
         return run(step, cp, [30, 18], parameters())
 
-    results = run_ranks(3, work, timeout=60.0)[0]
+    results = run_ranks(3 if strategy.ulysses == 1 else 4, work, timeout=60.0)[0]
     launches = [sum(n for (_, name), n in kernels.counts.items() if name == which) for which in ("forward", "backward")]
     return results, [*launches, *(sum(p[which] for p in posts) for which in ("forward", "backward"))]
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_selective_checkpoints_run_attention_and_its_messages_once(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    want, once = counted(directly, False, monkeypatch)
+@pytest.mark.parametrize("strategy", [Strategy(), Strategy(ulysses=2)], ids=str)
+def test_selective_checkpoints_run_attention_and_its_messages_once(
+    strategy: Strategy, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want, once = counted(directly, False, strategy, monkeypatch)
     assert min(once) >= 3, "every rank launches and posts in both passes"
-    again, twice = counted(plainly, compiled, monkeypatch)
-    saved, selective = counted(selectively, compiled, monkeypatch)
+    again, twice = counted(plainly, compiled, strategy, monkeypatch)
+    saved, selective = counted(selectively, compiled, strategy, monkeypatch)
     assert selective == once
     assert twice == [2 * once[0], once[1], 2 * once[2], once[3]], "the comparison shows what the policy saves"
     for found, other, expected in zip(saved, again, want, strict=True):
@@ -191,5 +195,6 @@ def test_selective_checkpoints_run_attention_and_its_messages_once(compiled: boo
 
 def test_other_operators_are_recomputed() -> None:
     policies = torch.utils.checkpoint.CheckpointPolicy
-    assert save_attention(None, torch.ops.distattn.attention.default) == policies.MUST_SAVE
+    for op in (torch.ops.distattn.attention, torch.ops.distattn.ulysses_attention):
+        assert save_attention(None, op.default) == policies.MUST_SAVE
     assert save_attention(None, torch.ops.aten.mm.default) == policies.PREFER_RECOMPUTE
