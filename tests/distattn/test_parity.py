@@ -74,6 +74,16 @@ def test_ring_zigzag_and_striped_are_one_device(folder: Path, alone, gloo: Pool,
             assert_equal(found, alone[dtype], TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(("ulysses", "schedule"), [(2, "zigzag"), pytest.param(4, "striped", marks=pytest.mark.slow)])
+def test_heads_traded_for_tokens_are_one_device(folder: Path, alone, gloo: Pool, ulysses: int, schedule: str) -> None:
+    """On four ranks, in pairs or all with a head each; positions and labels are those of the finer layout."""
+    changes: Changes = {"model__dtype": "float64", "parallel__ulysses": ulysses, "parallel__schedule": schedule}
+    runs: dict[str, Changes] = {f"ulysses-{ulysses}": {**changes, "parallel__checkpointing": "selective"}}
+    for rank in gloo(4).run(losses_of_rank, str(folder), runs, timeout=400):
+        for found in rank.values():
+            assert_equal(found, alone["float64"], TOLERANCE["float64"])
+
+
 def test_data_and_context_axes_together_are_one_device(folder: Path, gloo: Pool) -> None:
     """Two groups of two ranks, each with sequences of its own; and what is recomputed is not another result."""
     common: Changes = {"model__dtype": "float64", "train__sequences_per_step": 2}
