@@ -36,7 +36,7 @@ class Curve:
     """How fast the kernel of one direction is."""
 
     launch_us: float = figure("of one launch, however small", least=0)
-    band_us: float = figure("of each band in a launch", least=0)
+    band_us: float = figure("of each band in a launch, of each square along a window", least=0)
     memory_gb_s: float = figure("at which rows, states and gradients are read and written", above=0)
     efficiency: dict[int, dict[int, float]] = figure(
         "share of the peak, by head size and by the shorter side of a band's rectangle in rows", above=0, most=1
@@ -176,7 +176,9 @@ class Cluster:
         areas, q_rows, k_rows = (np.asarray(x, dtype=np.float64) for x in (areas, q_rows, k_rows))
         # The mean length of a diagonal band is half the side of a triangle, so twice it: a causal square counts as a square.
         longer, shorter = np.maximum(q_rows, k_rows), np.minimum(q_rows, k_rows)
-        vain = np.minimum(q_rows * k_rows - areas, kernel.diagonal_rows / 2 * shorter)
+        whole = q_rows * k_rows
+        window = areas < whole / 2  # less than a triangle has two diagonal edges
+        vain = np.minimum(np.minimum(whole - areas, areas), np.where(window, 1.0, 0.5) * kernel.diagonal_rows * shorter)
         side = np.minimum(shorter, 2 * areas / np.maximum(longer, 1))
         programs = shape.heads * np.ceil((q_rows if direction == "forward" else k_rows) / kernel.tile)
         if launch is not None:
@@ -186,7 +188,9 @@ class Cluster:
         per_query, per_key = row_traffic(shape, direction)
         rows = (q_rows * per_query + k_rows * per_key) / (curve.memory_gb_s * 1e9)
         empty = areas == 0
-        return np.where(empty, 0.0, flops / np.where(empty, 1.0, rate) + rows + curve.band_us * 1e-6)
+        # What cuts windows into rectangles and triangles pays for each; two triangles and a little are one rectangle.
+        pieces = np.maximum(1.0, whole / np.where(empty, 1.0, areas) - 1)
+        return np.where(empty, 0.0, flops / np.where(empty, 1.0, rate) + rows + pieces * curve.band_us * 1e-6)
 
     def launch_seconds(self, direction: Direction) -> float:
         """What a launch costs before its first band."""

@@ -194,7 +194,7 @@ def test_kernels_by_shape() -> None:
     def rate(q: int, k: int, area: int | None = None, shape: Shape = SHAPE) -> float:
         area = q * k if area is None else area
         [spent] = one.task_seconds(np.array([area]), np.array([q]), np.array([k]), shape, "forward")
-        return area * shape.heads * 4 * shape.d / 1e12 / (spent - 2e-6)
+        return area * shape.heads * 4 * shape.d / 1e12 / (spent - max(1, q * k / area - 1) * 2e-6)
 
     assert (
         rate(16, 16) == pytest.approx(0.25) and rate(4, 4096) == pytest.approx(0.25 / 4) and rate(512, 64) == pytest.approx(0.5)
@@ -212,9 +212,10 @@ def test_kernels_by_shape() -> None:
     together = wide.task_seconds(*(np.array([x, x]) for x in (256 * 512, 256, 512)), SHAPE, "forward", np.array([0, 0]))
     assert together == pytest.approx([seconds(256, 512) + rows / 1e9] * 2)
     diagonal = cluster(kernel__diagonal_rows=64)
-    for n, in_vain in ((512, 32 * 512), (32, 32 * 31 // 2)):  # never more than the rest of the rectangle
-        spent = diagonal.task_seconds(*(np.array([x]) for x in (n * (n + 1) // 2, n, n)), SHAPE, "forward")
-        assert spent == pytest.approx([seconds(1, n * (n + 1) // 2 + in_vain)])
+    triangle, window = 512 * 513 // 2, 512 * 100  # a window of 100 has an edge more; never more than the area again
+    for n, area, vain in ((512, triangle, 32 * 512), (32, 528, 496), (512, window, 64 * 512), (512, 5120, 5120)):
+        spent = diagonal.task_seconds(*(np.array([x]) for x in (area, n, n)), SHAPE, "forward")
+        assert spent == pytest.approx([seconds(1, area + vain)])
 
 
 def test_hosts() -> None:
