@@ -27,6 +27,7 @@ from distattn.parallel.strategy import Strategy
 from distattn.parallel.workload import Exchange
 
 WHOLE = 16  # ranks of a plan up to which all of them are simulated
+WHOLE_TREE = 128  # of a tree, whose ranks wait for each other's turns: a few of them do not stand for all
 LOOKED_AT = 16  # ranks whose work is counted to find the busiest of a larger plan
 
 
@@ -40,7 +41,7 @@ class Price:
         balance: mask area of the busiest rank over the mean.
         bytes_inside, bytes_between: that the rank which sends most sends to its node and to others, both passes.
         buffer_bytes: foreign rows that a rank holds at once, the largest rank's.
-        ranks: inner ranks that were simulated; all of them, or a sample.
+        simulated: ranks of the world that were; all of them, or a sample.
     """
 
     strategy: Strategy
@@ -51,7 +52,7 @@ class Price:
     bytes_inside: int
     bytes_between: int
     buffer_bytes: int
-    ranks: int
+    simulated: list[int]
     rotation: Rotation
 
     @property
@@ -94,8 +95,6 @@ def sample_of(mask: Mask, layout: Layout, devices: int) -> tuple[list[int], floa
     work = np.bincount(pair // world, weights=areas(table), minlength=len(looked))
     mean = mask.bands.area / world
     balance = float(work.max() / mean) if mean else 1.0
-    if world <= WHOLE:
-        return list(range(world)), balance
     busiest = int(looked[work.argmax()])
     node = busiest // devices * devices
     return sorted({node, busiest, min(node + devices, world) - 1}), balance
@@ -109,10 +108,12 @@ def price(strategy: Strategy, mask: Mask, world: int, shape: Shape, cluster: Clu
     """
     u = strategy.ulysses
     shapes = slices_of(shape, u)
-    whole = make_schedule(strategy, mask, world) if world // u <= WHOLE else None
+    most = WHOLE_TREE if strategy.schedule == "tree" else WHOLE
+    whole = make_schedule(strategy, mask, world) if world // u <= most else None
     layout, inner = (whole.layout, whole.inner) if whole else make_layout(strategy, mask, world)
     devices = max(1, cluster.devices // u)
     sample, balance = sample_of(mask, inner, devices)
+    sample = list(range(inner.world)) if whole else sample
     made = [whole] if whole else [make_schedule(strategy, mask, world, rank=rank * u) for rank in sample]
     rotation = made[0].rotation(shapes[0])
     plans = [s.forward for s in made], [s.backward(rotation) for s in made]
@@ -134,7 +135,7 @@ def price(strategy: Strategy, mask: Mask, world: int, shape: Shape, cluster: Clu
         bytes_inside=inside,
         bytes_between=between,
         buffer_bytes=held,
-        ranks=len(sample),
+        simulated=[rank * u + i for rank in sample for i in range(u)],
         rotation=rotation,
     )
 

@@ -1,0 +1,132 @@
+"""auto: the choice is the best of all, bounds are bounds, samples stand for whole plans, and what is refused says why."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from distattn.parallel import mask as masks
+from distattn.parallel import price as pricing
+from distattn.parallel.auto import NOTICEABLE, candidates, decide
+from distattn.parallel.cluster import load_cluster
+from distattn.parallel.mask import Mask
+from distattn.parallel.price import price
+from distattn.parallel.schedule import make_schedule
+from distattn.parallel.shape import Shape
+from distattn.parallel.statistics import schedule_bytes
+from distattn.parallel.strategy import Strategy
+
+GQA, MHA = (Shape(h, kv, 128, 128, torch.bfloat16) for h, kv in ((32, 8), (16, 16)))
+
+
+def packed(n: int, mean: int, seed: int = 0) -> Mask:
+    cuts = np.sort(np.random.default_rng(seed).choice(n - 1, n // mean - 1, replace=False) + 1)
+    return masks.documents(np.diff([0, *cuts, n]).tolist())
+
+
+CASES = [
+    (masks.causal(1 << 17), 8, GQA, "h200"),
+    (masks.causal(1 << 16), 16, MHA, "l40s"),
+    (packed(1 << 16, 4096), 16, GQA, "h100"),
+    (masks.sliding_window(1 << 17, 4096), 16, GQA, "a100"),
+    (masks.full(1 << 15), 4, MHA, "l40s"),
+]
+
+
+@pytest.mark.parametrize(("mask", "world", "shape", "cluster"), CASES)
+def test_the_choice_is_the_best_of_all_within_what_is_noticeable(mask, world, shape, cluster):
+    """Simulating everything finds no strategy that is more than 2% faster, and none below its bound."""
+    cluster = load_cluster(cluster)
+    every = decide(mask, world, shape, cluster, noticeable=None)
+    assert len(every.candidates) == len(list(candidates(world, shape, cluster)))
+    for candidate in every.candidates:
+        assert candidate.price is not None and candidate.bound <= candidate.price.seconds * (1 + 1e-9), candidate.strategy
+    chosen = decide(mask, world, shape, cluster)
+    assert chosen.best.seconds <= every.best.seconds / (1 - NOTICEABLE)
+    assert [c.strategy for c in chosen.candidates if not c.refused] == [chosen.best.strategy]
+    assert sum(c.price is not None for c in chosen.candidates) < len(every.candidates)
+    assert decide(mask, world, shape, cluster).best.strategy == chosen.best.strategy
+
+
+@pytest.mark.parametrize(
+    ("strategy", "tolerance"),
+    [
+        (Strategy("ring", devices=8), 0.03),
+        (Strategy("zigzag", devices=8), 0.03),
+        (Strategy("striped", devices=8), 0.03),
+        (Strategy("double_ring", layout="zigzag", devices=8), 0.06),
+        (
+            Strategy("gather", layout="zigzag", devices=8, stages=4),
+            0.25,
+        ),  # owners are busy with others, which a sample leaves out
+    ],
+)
+@pytest.mark.parametrize("make", [masks.causal, lambda n: packed(n, 8192)], ids=["causal", "documents"])
+def test_a_few_ranks_stand_for_all_of_a_large_plan(monkeypatch, strategy, tolerance, make):
+    """32 ranks on four nodes, all of them and some of them."""
+    mask, cluster = make(1 << 17), load_cluster("h100")
+    sampled = price(strategy, mask, 32, GQA, cluster)
+    monkeypatch.setattr(pricing, "WHOLE", 32)
+    whole = price(strategy, mask, 32, GQA, cluster)
+    assert len(sampled.simulated) < len(whole.simulated) == 32
+    assert sampled.seconds == pytest.approx(whole.seconds, rel=tolerance)
+    assert sampled.balance == pytest.approx(whole.balance, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "strategy", [Strategy("zigzag", ulysses=2, devices=4), Strategy("gather", devices=4), Strategy("striped", ulysses=8)]
+)
+def test_bytes_are_those_that_the_statistics_count(strategy):
+    mask, cluster = masks.causal(1 << 12), load_cluster("l40s")
+    found = price(strategy, mask, 16, MHA, cluster)
+    forward, backward = schedule_bytes(make_schedule(strategy, mask, 16), MHA)
+    rank = np.arange(16)
+    far = rank[:, None] // 8 != rank // 8
+    both = forward + backward
+    sent = np.where(far, 0, both).sum(1), np.where(far, both, 0).sum(1)
+    members = np.array(found.simulated)[:: strategy.ulysses]
+    assert (found.bytes_inside, found.bytes_between) == (sent[0][members].max(), sent[1][members].max())
+    assert found.forward.bytes_inside + found.forward.bytes_between == forward.sum()
+
+
+def test_a_rotated_backward_pass_is_priced_by_its_bytes():
+    mask, cluster = masks.full(1 << 12), load_cluster("l40s")
+    kv, q = (price(Strategy("zigzag", rotate=r), mask, 8, MHA, cluster) for r in ("kv", "q"))
+    assert (
+        q.rotation == "q"
+        and q.bytes_inside < kv.bytes_inside
+        and price(Strategy("zigzag"), mask, 8, MHA, cluster).rotation == "q"
+    )
+
+
+def test_what_does_not_fit_the_memory_is_refused_with_what_it_needs():
+    mask, cluster = masks.causal(1 << 17), load_cluster("h200")
+    free = decide(mask, 16, MHA, cluster, noticeable=None)
+    largest = max(c.price.buffer_bytes for c in free.candidates)
+    limit = largest / 2 / 1e9
+    found = decide(mask, 16, MHA, cluster, memory_gb=limit, noticeable=None)
+    refused = [c for c in found.candidates if c.price.buffer_bytes > limit * 1e9]
+    assert refused and all("GB of buffers" in c.refused for c in refused) and found.best.buffer_bytes <= limit * 1e9
+    with pytest.raises(ValueError, match=r"No schedule fits 1e-09 GB .* The least is"):
+        decide(masks.causal(1 << 10), 16, Shape(3, 3, 64, 64, torch.bfloat16), cluster, memory_gb=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("n", "world", "shape", "text"),
+    [
+        (4, 8, GQA, "8 ranks are more than the 4 tokens"),
+        (1 << 10, 12, GQA, "12 ranks do not fill nodes"),
+        (1 << 10, 8, Shape(8, 8, 64, 64, torch.float8_e4m3fn), "no peak for float8_e4m3fn"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(n, world, shape, text):
+    with pytest.raises(ValueError, match=text):
+        decide(masks.causal(n), world, shape, load_cluster("h200"))
+
+
+def test_degrees_that_do_not_fit_are_no_candidates():
+    cluster = load_cluster("h200")
+    found = list(candidates(24, Shape(6, 6, 64, 64, torch.bfloat16), cluster))
+    assert {s.ulysses for s in found} == {1, 2, 4} and len(set(found)) == len(found)
+    assert all(s.stages is None or s.stages < max(2, 24 // s.ulysses) for s in found)
