@@ -217,6 +217,8 @@ class KVCache:
     def prefill(self, layout: Layout) -> None:
         """The context becomes the tokens of ``layout`` (a plan's), each on the rank that the layout names; padding is left out.
 
+        It is one sequence from then on: tokens that come later see all of it, whatever documents the plan had.
+
         Raises:
             ValueError: the cache is not empty, the layout is of another world, or it has more tokens than the capacity.
         """
