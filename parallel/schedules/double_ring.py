@@ -16,7 +16,7 @@ from distattn.parallel.intervals import Intervals, cut, expand, groups, union
 from distattn.parallel.layout import Layout
 from distattn.parallel.localize import local_bands
 from distattn.parallel.mask import Mask
-from distattn.parallel.plan import LANE, OWNER, POST, START, Plan, What
+from distattn.parallel.plan import KV_OWNER, KV_START, LANE, OWNER, POST, STAGE, START, Plan, What
 from distattn.parallel.schedules.build import PlacedBands, check_rank, forward_plan, local_tasks, nodes_of
 
 INNER_LANE, OUTER_LANE = 0, 1
@@ -58,7 +58,7 @@ def double_ring(layout: Layout, mask: Mask, devices: int, rank: int | None = Non
         known = at_home | (runs.owner % devices == rank % devices)
         runs = _Runs(*(column[known] for column in runs))
     tasks = np.concatenate([local_tasks(layout), _tasks(layout, runs, nodes, devices)])
-    tasks = tasks[np.lexsort((tasks[:, 6], tasks[:, 5], tasks[:, 0]))]
+    tasks = tasks[np.lexsort((tasks[:, KV_START], tasks[:, KV_OWNER], tasks[:, STAGE]))]
     mine = slice(None) if rank is None else here == rank
     bound = (min(2, nodes - 1) + min(2, devices - 1)) * int(layout.rows_all.max(initial=0))
     return forward_plan(
@@ -108,8 +108,8 @@ def _runs(here: np.ndarray, there: np.ndarray, table: np.ndarray, nodes: int, de
     return _Runs(runs.key // (nodes * devices), runs.key // devices % nodes, runs.key % devices, runs.start, runs.stop)
 
 
-def _last(number: np.ndarray, hop: np.ndarray, groups: int) -> np.ndarray:
-    last = np.zeros(groups, dtype=np.int64)
+def _last(number: np.ndarray, hop: np.ndarray, count: int) -> np.ndarray:
+    last = np.zeros(count, dtype=np.int64)
     np.maximum.at(last, number, hop)
     return last
 

@@ -14,7 +14,7 @@ from distattn.parallel.intervals import Intervals, union
 from distattn.parallel.layout import Layout
 from distattn.parallel.localize import local_bands
 from distattn.parallel.mask import Mask
-from distattn.parallel.plan import HOME_LANE, Plan, What
+from distattn.parallel.plan import HOME_LANE, OWNER, POST, Q_OWNER, Q_START, RANK, SRC, STAGE, START, WHAT, Plan, What
 from distattn.parallel.schedules.build import PlacedBands, check_rank, forward_plan, local_tasks, nodes_of
 
 INNER_LANE, OUTER_LANE = 0, 1
@@ -99,7 +99,7 @@ def tree(layout: Layout, mask: Mask, devices: int | None = None, in_flight: int 
     foreign = owner != at
     own_use = union(Intervals((owner * world + at)[foreign], table[foreign, Q0], table[foreign, Q1]))
     tasks = np.concatenate([local_tasks(layout), _tasks(layout, own_use, turns, shape.depth)])
-    tasks = tasks[np.lexsort((tasks[:, 3], tasks[:, 2], tasks[:, 1], tasks[:, 0]))]
+    tasks = tasks[np.lexsort((tasks[:, Q_START], tasks[:, Q_OWNER], tasks[:, RANK], tasks[:, STAGE]))]
     mine = slice(None) if rank is None else at == rank
     bands = PlacedBands(table[mine], owner[mine], at[mine])
     transfers = _transfers(shape, turns, _edges(shape, own_use, world, rank), world)
@@ -157,7 +157,7 @@ def _transfers(shape: Tree, turns: Turns, edges: Intervals, world: int) -> np.nd
     back = leave + 2 * shape.depth + 1 - level
     up = [child, parent, *rows, np.full_like(owner, What.OUT), np.full_like(owner, HOME_LANE), back, back + 1]
     table = np.concatenate([np.stack(down, 1), np.stack(up, 1)])
-    return table[np.lexsort((table[:, 3], table[:, 0], table[:, 2], table[:, 5], table[:, 7]))]
+    return table[np.lexsort(tuple(table[:, c] for c in (START, SRC, OWNER, WHAT, POST)))]
 
 
 def _bits(x: np.ndarray) -> np.ndarray:
