@@ -16,6 +16,7 @@ from distattn.head_exchange import ulysses_attention
 from distattn.kernels import RANKING
 from distattn.ops import HANDLES, Kernels, Session
 from distattn.ops import attention as attention_op
+from distattn.parallel.auto import Auto
 from distattn.parallel.comm import Communicator, SoloCommunicator
 from distattn.parallel.comm_group import GroupView
 from distattn.parallel.executor import Executor
@@ -70,7 +71,8 @@ class ContextParallel:
 
     Args:
         group: a 1-D DeviceMesh (``mesh["cp"]``), a process group, or None for a world of one that needs no process group.
-        schedule: a name ("zigzag", "striped", "ring", ...) or a :class:`distattn.Strategy` with its options.
+        schedule: a name ("zigzag", "striped", "ring", ...), a :class:`distattn.Strategy` with its options, or a
+            :class:`distattn.Auto`, which picks the strategy with the least simulated time for the first mask of each kind.
         backend: "triton", "aten" or "reference" to force a kernel; None takes the best that can take the call.
         keep: what received keys stay on a rank until the backward pass: "last", "all" or "none"; None is the strategy's.
         home: dtype in which gradients and partial results travel; None is float32, torch.bfloat16 halves the bytes.
@@ -86,7 +88,7 @@ class ContextParallel:
     def __init__(
         self,
         group: dist.ProcessGroup | DeviceMesh | None = None,
-        schedule: str | Strategy = "zigzag",
+        schedule: str | Strategy | Auto = "zigzag",
         *,
         backend: str | None = None,
         keep: Keep | None = None,
@@ -106,10 +108,16 @@ class ContextParallel:
             raise ValueError(f"cached_plans must be 1 or more: the plan in use is one of them. Found {cached_plans}.")
         if group is not None and communicator is not None:
             raise ValueError("A group and a communicator were given. Pass one of them: a communicator brings its own ranks.")
+        if schedule == "auto":
+            raise ValueError(
+                "schedule='auto' prices strategies for heads on machines: pass schedule=distattn.Auto(shape, cluster) with a Shape "
+                "and a load_cluster(name), or name a schedule."
+            )
         strategy = Strategy(schedule) if isinstance(schedule, str) else schedule
         if keep is not None:
             strategy = replace(strategy, keep=keep)
-        checked_strategy(strategy, communicator.world if communicator else _size(group))
+        if not isinstance(strategy, Auto):
+            checked_strategy(strategy, communicator.world if communicator else _size(group))
         self.communicator = communicator or _communicator(group, timeout)
         self.strategy, self.home, self.pad_to_equal = strategy, home, pad_to_equal
         self.cached_plans = cached_plans
@@ -135,7 +143,8 @@ class ContextParallel:
             raise ValueError(f"plan() needs a mask, such as distattn.causal(n) or distattn.documents(lengths). Found {mask!r}.")
         found = self._plans.get(mask.digest)
         if found is None:
-            made = make_rank_plan(self.communicator, mask, self.strategy, self.pad_to_equal, distattn.__version__)
+            strategy = self.strategy.choose(mask, self.world) if isinstance(self.strategy, Auto) else self.strategy
+            made = make_rank_plan(self.communicator, mask, strategy, self.pad_to_equal, distattn.__version__)
             ulysses = made.schedule.ulysses
             session = Session(made, self._executor(ulysses), self._kernels, self.home)
             local = LocalRows(made.layout, mask, self.rank)
@@ -191,7 +200,7 @@ class ContextParallel:
                 [B, S, H, D] (``format="bshd"``, the default for four) or [S, B, H, D] (``"sbhd"``), one mask for all of B.
             scale: of the scores, default ``D ** -0.5``.
             softcap: ``s = softcap * tanh(s / softcap)``; 0 is none.
-            sinks: [H_q] learnable sink logits; their gradient is of local rows (sum it over the group like any parameter's).
+            sinks: [H_q] learnable sink logits; their gradient is this rank's part (sum it over the group like any parameter's).
             return_lse: also return the float32 log of the softmax denominators, [T, H_q] (or [B, S, H], [S, B, H]).
 
         Returns:

@@ -1,7 +1,8 @@
 """What the executor may ask of the other ranks, whoever carries it: threads, gloo or NCCL.
 
 Three carriers speak this protocol: `SoloCommunicator` (here, a world of one), `comm_threads` (ranks as threads of one
-process, strict, for tests) and `comm_process` (process groups). Nothing else in distattn sends.
+process, strict, for tests) and `comm_process` (process groups). Nothing else in distattn sends; `comm_group` is a view of one
+of them, with a part of its ranks.
 
 Rules that all carriers share, and that the strict one enforces:
 

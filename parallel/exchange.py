@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distattn.parallel.comm import Awaited, Communicator
-from distattn.parallel.head_split import HeadSlice, HeadSplit, Parts, RowParts, inner_shape, row_parts
+from distattn.parallel.head_split import HeadSlice, HeadSplit, Parts, inner_shape, row_parts
 from distattn.parallel.shape import ALIGNMENT, Shape
 
 LANE = 3
@@ -64,7 +64,8 @@ class HeadExchange:
         self.split = HeadSplit(shape.heads, shape.kv_heads, len(rows))
         self.row_ptr = [0, *np.cumsum(rows).tolist()]
         self.rows = int(rows[part])
-        self._parts: list[RowParts] = [row_parts(shape, piece) for piece in self.split.slices]
+        kinds = zip(*(row_parts(shape, piece) for piece in self.split.slices), strict=True)
+        self._inputs, self._outputs, self._upstream, self._gradients = ([RowFormat(parts) for parts in kind] for kind in kinds)
         # Everybody starts with the next rank, so that not all send to the first one at once.
         self._others = [(part + step) % len(rows) for step in range(1, len(rows))]
 
@@ -84,31 +85,28 @@ class HeadExchange:
 
     def send_inputs(self, communicator: Communicator, q: Tensor, k: Tensor, v: Tensor, call: int) -> Tensor:
         """q, k, v [T, H, D] of this rank's rows in, bytes of all rows and this slice's heads out; see :meth:`inputs`."""
-        formats = [RowFormat(parts.inputs) for parts in self._parts]
         awaited = Awaited("forward", 0, 0, "head exchange: q, k and v", call)
-        return self._to_slices(communicator, formats, lambda piece: [_q(q, piece), _kv(k, piece), _kv(v, piece)], awaited)
+        return self._to_slices(communicator, self._inputs, lambda piece: [_q(q, piece), _kv(k, piece), _kv(v, piece)], awaited)
 
     def inputs(self, arrived: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v of this slice, [inner rows, heads, D]: views of what arrived, but for key heads that must be repeated."""
-        q, k, v = RowFormat(self._parts[self.part].inputs).views(arrived)
+        q, k, v = self._inputs[self.part].views(arrived)
         return q, _repeated(k, self.mine.copies), _repeated(v, self.mine.copies)
 
     def return_outputs(self, communicator: Communicator, out: Tensor, lse: Tensor, call: int) -> tuple[Tensor, Tensor]:
         """This slice's out and lse of all rows in; this rank's rows with all heads out, [T, H, D_v] and [T, H]."""
-        formats = [RowFormat(parts.outputs) for parts in self._parts]
         awaited = Awaited("forward", 0, 0, "head exchange: out and lse", call)
         whole = out.new_empty(self.rows, self.shape.heads, self.shape.d_v), lse.new_empty(self.rows, self.shape.heads)
-        for piece, came in zip(self.split.slices, self._to_rows(communicator, formats, [out, lse], awaited), strict=True):
+        for piece, came in zip(self.split.slices, self._to_rows(communicator, self._outputs, [out, lse], awaited), strict=True):
             for target, source in zip(whole, came, strict=True):
                 _q(target, piece).copy_(source)
         return whole
 
     def send_upstream(self, communicator: Communicator, dout: Tensor, delta: Tensor, call: int) -> tuple[Tensor, Tensor]:
         """The gradient of out and delta of this rank's rows in; those of all rows and this slice's heads out."""
-        formats = [RowFormat(parts.upstream) for parts in self._parts]
         awaited = Awaited("backward", 0, 0, "head exchange: dout and delta", call)
-        arrived = self._to_slices(communicator, formats, lambda piece: [_q(dout, piece), _q(delta, piece)], awaited)
-        dout, delta = formats[self.part].views(arrived)
+        arrived = self._to_slices(communicator, self._upstream, lambda piece: [_q(dout, piece), _q(delta, piece)], awaited)
+        dout, delta = self._upstream[self.part].views(arrived)
         return dout, delta.contiguous()
 
     def return_gradients(
@@ -118,10 +116,9 @@ class HeadExchange:
 
         Gradients of key heads that several slices read are added in the order of the slices, in the dtype of sums.
         """
-        formats = [RowFormat(parts.gradients) for parts in self._parts]
         awaited = Awaited("backward", 0, 0, "head exchange: dq, dk and dv", call)
         given = [dq, _summed(dk, self.mine.copies), _summed(dv, self.mine.copies)]
-        came = self._to_rows(communicator, formats, given, awaited)
+        came = self._to_rows(communicator, self._gradients, given, awaited)
         shape, dtype = self.shape, self.shape.dtype
         whole_q = dq.new_empty(self.rows, shape.heads, shape.d, dtype=dtype)
         make = dk.new_zeros if self.split.replicated else dk.new_empty

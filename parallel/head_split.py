@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -130,8 +131,7 @@ def inner_shape(shape: Shape, part: HeadSlice) -> Shape:
 Parts = list[tuple[torch.dtype, tuple[int, ...]]]
 
 
-@dataclass(frozen=True)
-class RowParts:
+class RowParts(NamedTuple):
     """The tensors in the four messages between a rank that holds rows and the rank of one slice, as (dtype, shape of a row)."""
 
     inputs: Parts  # q, k, v to the slice

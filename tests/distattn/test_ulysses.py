@@ -42,8 +42,8 @@ def test_every_group_is_one_device(world: tuple[int, int]) -> None:
     first = WORLDS.index(world)
     for turn, heads in enumerate(HEADS):
         i = first * len(HEADS) + turn
-        if heads[0] < world[1] or (heads == (32, 8) and world != (8, 4)):
-            continue
+        if heads[0] < world[1] or (heads == (32, 8) and world != (8, 4)) or (world[0] >= 6 and (turn + first) % 2):
+            continue  # the long tier has all
         dtype = (torch.float64, torch.float32)[turn % 2]
         one(world, heads, MASKS[i % 11], SCHEDULES[i % 3], dtype, sinks=i % 2 == 0, pad=i % 4 == 1)
 

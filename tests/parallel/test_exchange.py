@@ -180,9 +180,9 @@ def test_sums_travel_in_the_dtype_that_was_asked_for() -> None:
     shape = Shape(4, 1, 8, 8, torch.bfloat16)
     for home, width in ((None, 4), (torch.bfloat16, 2)):
         exchange = HeadExchange(replace(shape, home=home), [3, 3], 0)
-        assert [dtype.itemsize for dtype, _ in exchange._parts[1].gradients] == [2, width, width]
+        assert [dtype.itemsize for dtype, _ in exchange._gradients[1].parts] == [2, width, width]
     alone = HeadExchange(replace(shape, kv_heads=2), [3, 3], 0)
-    assert [dtype.itemsize for dtype, _ in alone._parts[1].gradients] == [2, 2, 2], "a gradient that is no sum is rounded at once"
+    assert [dtype.itemsize for dtype, _ in alone._gradients[1].parts] == [2, 2, 2], "a gradient that is no sum is rounded at once"
 
 
 def test_an_exchange_that_a_rank_does_not_come_to_is_an_error_that_says_so() -> None:
