@@ -12,18 +12,23 @@ if TYPE_CHECKING:
     from distattn.attention import ContextParallel
     from distattn.decode import decode_attention
     from distattn.kv_cache import KVCache, KVShard
+    from distattn.parallel.auto import Auto
+    from distattn.parallel.cluster import load_cluster
     from distattn.parallel.mask import causal, chunked, documents, full, prefix_lm, sliding_window, union
     from distattn.parallel.plan import Plan
+    from distattn.parallel.shape import Shape
     from distattn.parallel.strategy import Strategy
     from distattn.parallel.verify import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Auto",
     "ContextParallel",
     "KVCache",
     "KVShard",
     "Plan",
+    "Shape",
     "Strategy",
     "__version__",
     "causal",
@@ -31,6 +36,7 @@ __all__ = [
     "decode_attention",
     "documents",
     "full",
+    "load_cluster",
     "prefix_lm",
     "sliding_window",
     "union",
@@ -38,12 +44,15 @@ __all__ = [
 ]
 
 _HOME = {
+    "Auto": "distattn.parallel.auto",
     "ContextParallel": "distattn.attention",
     "KVCache": "distattn.kv_cache",
     "KVShard": "distattn.kv_cache",
     "Plan": "distattn.parallel.plan",
+    "Shape": "distattn.parallel.shape",
     "Strategy": "distattn.parallel.strategy",
     "decode_attention": "distattn.decode",
+    "load_cluster": "distattn.parallel.cluster",
     "verify": "distattn.parallel.verify",
     **dict.fromkeys(("causal", "chunked", "documents", "full", "prefix_lm", "sliding_window", "union"), "distattn.parallel.mask"),
 }

@@ -110,8 +110,8 @@ class ContextParallel:
             raise ValueError("A group and a communicator were given. Pass one of them: a communicator brings its own ranks.")
         if schedule == "auto":
             raise ValueError(
-                "schedule='auto' prices strategies for heads on machines: pass schedule=distattn.Auto(shape, cluster) with a Shape "
-                "and a load_cluster(name), or name a schedule."
+                "schedule='auto' prices strategies for heads on machines: pass schedule=distattn.Auto(shape, cluster), "
+                "with a distattn.Shape and a distattn.load_cluster(name), or name a schedule."
             )
         strategy = Strategy(schedule) if isinstance(schedule, str) else schedule
         if keep is not None:

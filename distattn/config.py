@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-SCHEDULES = ("ring", "zigzag", "striped", "double_ring", "gather", "tree")
+SCHEDULES = ("ring", "zigzag", "striped", "double_ring", "gather", "tree", "auto")
 LAYOUTS = ("contiguous", "zigzag", "striped")
 ROTATE = ("auto", "kv", "q")
 KEEP = ("last", "all", "none")
@@ -87,6 +87,7 @@ class TrainConfig:
 @dataclass
 class ParallelConfig:
     schedule: str = key("zigzag", f"how attention is spread over ranks: {', '.join(SCHEDULES)}")
+    cluster: str = key("", "description of the machines, for schedule=auto: a100, h100, h200, l40s, gloo2 or a file")
     layout: str = key("", f"which rank holds which tokens: {', '.join(LAYOUTS)}; empty is the schedule's own")
     ulysses: int = key(1, "neighbouring ranks that exchange heads for tokens around the schedule")
     node_devices: int = key(0, "ranks of a sequence in one node, for double_ring and tree; 0 means all of them")
@@ -301,6 +302,11 @@ def check_train(train: TrainConfig) -> None:
 def check_parallel(config: Config, world_size: int) -> None:
     parallel = config.parallel
     _one_of("parallel.schedule", parallel.schedule, SCHEDULES)
+    if parallel.schedule == "auto" and not parallel.cluster:
+        raise ValueError(
+            "parallel.schedule=auto prices schedules on a described cluster. Set parallel.cluster to a name or to a file that "
+            "launch/calibrate.py wrote."
+        )
     _one_of("parallel.layout", parallel.layout, ("", *LAYOUTS))
     _one_of("parallel.rotate", parallel.rotate, ROTATE)
     _one_of("parallel.keep", parallel.keep, KEEP)

@@ -27,6 +27,9 @@ from distattn.attention import AttentionPlan, ContextParallel
 from distattn.config import Config, ParallelConfig, context_ranks
 from distattn.model import Attend, Decoder, initial_value
 from distattn.ops import save_attention
+from distattn.parallel.auto import Auto
+from distattn.parallel.cluster import load_cluster
+from distattn.parallel.shape import Shape
 from distattn.parallel.strategy import Rotate, Strategy
 from distattn.parallel.transpose import Keep
 
@@ -66,17 +69,29 @@ def context_parallel(config: Config, world: World) -> ContextParallel:
     """Attention over the ranks that share this rank's sequence."""
     parallel = config.parallel
     group = None if world.mesh is None else world.mesh["cp"]
-    strategy = Strategy(
-        parallel.schedule,
-        parallel.layout or None,
-        parallel.ulysses,
-        parallel.node_devices or None,
-        parallel.stages or None,
-        parallel.in_flight or None,
-        cast(Rotate, parallel.rotate),
-        cast(Keep, parallel.keep),
-    )
-    return ContextParallel(group, strategy, backend=parallel.backend or None, timeout=parallel.timeout)
+    schedule: Strategy | Auto
+    if parallel.schedule == "auto":
+        model, width = config.model, config.model.head_width
+        shape = Shape(model.heads, model.kv_heads, width, width, _attention_dtype(config, world))
+        schedule = Auto(shape, load_cluster(parallel.cluster), keep=cast(Keep, parallel.keep))
+    else:
+        schedule = Strategy(
+            parallel.schedule,
+            parallel.layout or None,
+            parallel.ulysses,
+            parallel.node_devices or None,
+            parallel.stages or None,
+            parallel.in_flight or None,
+            cast(Rotate, parallel.rotate),
+            cast(Keep, parallel.keep),
+        )
+    return ContextParallel(group, schedule, backend=parallel.backend or None, timeout=parallel.timeout)
+
+
+def _attention_dtype(config: Config, world: World) -> torch.dtype:
+    """What queries and keys come in."""
+    autocast = world.device.type == "cuda" and config.train.autocast
+    return torch.bfloat16 if autocast else cast(torch.dtype, getattr(torch, config.model.dtype))
 
 
 def attend_with(cp: ContextParallel, plan: AttentionPlan) -> Attend:

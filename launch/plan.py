@@ -180,7 +180,7 @@ def write(asked: argparse.Namespace, decision: Decision, mask: Mask, shape: Shap
             figures = None
             if c.price is not None:
                 p = c.price
-                figures = {"forward": p.forward.seconds, "backward": p.backward.seconds, "exposed": p.exposed}
+                figures: dict[str, object] = {"forward": p.forward.seconds, "backward": p.backward.seconds, "exposed": p.exposed}
                 figures |= {"balance": p.balance, "bytes_inside": p.bytes_inside, "bytes_between": p.bytes_between}
                 figures |= {"buffer_bytes": p.buffer_bytes, "ranks_simulated": p.simulated}
             rows.append({"strategy": asdict(c.strategy), "bound": c.bound, "refused": c.refused, "price": figures})

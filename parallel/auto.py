@@ -8,8 +8,9 @@ is measured here.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -26,9 +27,44 @@ from distattn.parallel.shape import Shape
 from distattn.parallel.strategy import Strategy
 from distattn.parallel.transpose import Keep
 
+logger = logging.getLogger(__name__)
+
 GATHER_STAGES = (1, 2, 4, 8)
 NOTICEABLE = 0.02  # of the time; descriptions of clusters are not better than that
 MEMORY_SHARE = 0.25  # of a device for rows of others, where nobody says how much
+
+
+@dataclass(frozen=True)
+class Auto:
+    """Heads and machines to choose a strategy for: what ``ContextParallel(schedule=...)`` takes instead of a name.
+
+    The first mask of a kind (its name, which holds its options, and its length) decides for all of that kind: packed documents
+    differ from step to step, and are not priced anew. Every rank comes to the same choice without asking the others.
+
+    Args:
+        shape: of the attention calls, all heads.
+        memory_gb: what rows of other ranks may take on a device, 1e9 bytes; None: a quarter of its memory.
+    """
+
+    shape: Shape
+    cluster: Cluster
+    memory_gb: float | None = None
+    keep: Keep = "last"
+    _chosen: dict[tuple[str, int, int], Strategy] = field(default_factory=dict, compare=False)
+
+    def choose(self, mask: Mask, world: int) -> Strategy:
+        """The strategy for a mask; said once to the log.
+
+        Raises:
+            ValueError: see :func:`decide`.
+        """
+        kind = mask.name, mask.n_tokens, world
+        if kind not in self._chosen:
+            best = decide(mask, world, self.shape, self.cluster, self.memory_gb, self.keep).best
+            self._chosen[kind] = best.strategy
+            text = "%r on %d ranks of %s: %s, simulated %.3g ms forward and backward"
+            logger.info(text, mask, world, self.cluster.name, best.strategy, best.seconds * 1e3)
+        return self._chosen[kind]
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,11 @@ def test_the_file_is_read_and_words_come_after_it(file: Path) -> None:
         ("--fast", "written key=value"),
         ("out=[1", "not readable as YAML"),
         ("parallel.schedule=zigzga", "Did you mean 'zigzag'"),
+        ("parallel.schedule=auto", "Set parallel.cluster"),
+        ("parallel.layout=zigzga", "Did you mean 'zigzag'"),
+        ("parallel.ulysses=0", "at least 1"),
+        ("parallel.ulysses=3", "does not divide"),
+        ("parallel.rotate=k", "parallel.rotate"),
         ("parallel.backend=tritn", "Did you mean 'triton'"),
         ("model.dtype=float31", "Did you mean 'float32'"),
         ("model.kv_heads=3", "model.kv_heads=2"),
@@ -112,7 +117,7 @@ def test_the_defaults_are_valid_but_for_the_data() -> None:
 def test_schedules_are_those_that_there_are() -> None:
     from distattn.parallel.schedules import SCHEDULES as known
 
-    assert sorted(SCHEDULES) == sorted(known)
+    assert sorted(SCHEDULES) == sorted([*known, "auto"])
 
 
 def test_backends_are_those_that_there_are() -> None:

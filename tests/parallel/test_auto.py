@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from distattn.attention import ContextParallel
 from distattn.parallel import mask as masks
 from distattn.parallel import price as pricing
-from distattn.parallel.auto import NOTICEABLE, candidates, decide
+from distattn.parallel.auto import NOTICEABLE, Auto, candidates, decide
 from distattn.parallel.cluster import load_cluster
+from distattn.parallel.comm_threads import run_ranks
 from distattn.parallel.mask import Mask
 from distattn.parallel.price import price
 from distattn.parallel.schedule import make_schedule
@@ -130,3 +132,30 @@ def test_degrees_that_do_not_fit_are_no_candidates():
     found = list(candidates(24, Shape(6, 6, 64, 64, torch.bfloat16), cluster))
     assert {s.ulysses for s in found} == {1, 2, 4} and len(set(found)) == len(found)
     assert all(s.stages is None or s.stages < max(2, 24 // s.ulysses) for s in found)
+
+
+def test_ranks_attend_by_what_auto_chooses():
+    """The first mask of a kind decides; outputs are those of one device."""
+    shape, cluster = Shape(4, 2, 16, 16, torch.float32), load_cluster("l40s")
+    lengths = [[100, 28, 64], [64, 64, 64]]
+    q, k, v = (torch.randn(192, h, 16, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 2))
+
+    def work(communicator):
+        auto = Auto(shape, cluster)
+        cp = ContextParallel(schedule=auto, communicator=communicator)
+        found = []
+        for some in lengths:
+            plan = cp.plan(masks.documents(some))
+            local = (cp.shard(x, plan) for x in (q, k, v))
+            found.append(cp.unshard(cp.attention(*local, plan), plan))
+        assert len(auto._chosen) == 1
+        return found, str(plan.rank_plan.schedule.strategy)
+
+    results = run_ranks(4, work, timeout=60.0)
+    alone = ContextParallel()
+    for i, some in enumerate(lengths):
+        want = alone.attention(q, k, v, alone.plan(masks.documents(some)))
+        assert all(torch.allclose(r[0][i], want, atol=1e-6) for r in results)
+    assert len({r[1] for r in results}) == 1
+    with pytest.raises(ValueError, match=r"pass schedule=distattn\.Auto"):
+        ContextParallel(schedule="auto")
