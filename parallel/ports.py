@@ -78,22 +78,23 @@ class Ports:
                 continue
             message, port = kind.message[here], kind.port[here]
             serve = _in_turns if kind.crowded[boundary] else _alone
-            left = serve(port, np.maximum(start[message], kind.free[port]), kind.seconds[here], kind.free)
+            left = serve(port, start[message], kind.seconds[here], kind.free)
             arrival[message] = np.maximum(arrival[message], left)
         return arrival + self.latency[messages]
 
 
 def _alone(port: np.ndarray, start: np.ndarray, seconds: np.ndarray, free: np.ndarray) -> np.ndarray:
     """Every message has its port for itself."""
-    left = start + seconds
+    left = np.maximum(start, free[port]) + seconds
     free[port] = left
     return left
 
 
 def _in_turns(port: np.ndarray, start: np.ndarray, seconds: np.ndarray, free: np.ndarray) -> np.ndarray:
     """First come, first served at each port: left = max(left of the one before, start) + seconds, for all ports at once."""
-    order = np.lexsort((start, port))
-    port, start, seconds = port[order], start[order], seconds[order]
+    order = np.lexsort((np.round(start, 10), port))  # seconds; what rounding alone makes early is not served first
+    port, seconds = port[order], seconds[order]
+    start = np.maximum(start[order], free[port])
     first = np.flatnonzero(np.concatenate([[True], port[1:] != port[:-1]]))
     count = np.diff(np.append(first, len(port)))
     row = np.repeat(np.arange(len(first)), count)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from distattn.kernels.bands import Band, Bands
+from distattn.kernels.bands import Band, Bands, areas
 from distattn.parallel.cluster import SHIPPED, Cluster, load_cluster, read_cluster
 from distattn.parallel.layout import contiguous
 from distattn.parallel.mask import causal, documents, full
@@ -26,7 +26,7 @@ from distattn.parallel.statistics import statistics, work
 from distattn.parallel.timeline import chrome_trace
 from distattn.parallel.transpose import transpose
 from distattn.parallel.workload import Exchange
-from tests.parallel.plans import make_layout, make_mask, tree_plan
+from tests.parallel.plans import make_layout, make_mask, random_servers_plan, tree_plan
 
 SHAPE = Shape(4, 2, 64, 64, torch.float32)
 ROW = 2 * (64 + 64) * 4  # bytes of a row of keys and values
@@ -310,6 +310,67 @@ def test_nothing_worse_makes_a_plan_faster(worse: str) -> None:
             now = simulate_pass([plan], [SHAPE], one).seconds
             assert now >= before * (1 - 1e-12), f"{plan.name} {plan.direction}: {now} after {before}"
             before = now
+
+
+def one_by_one(plan: Plan, one: Cluster) -> list[float]:
+    """When each rank is done, in plain loops: the meaning of the simulator for clusters of nodes whose hosts cost nothing."""
+    t, devices = plan.transfers.tolist(), one.devices
+    now, arrival = [0.0] * plan.world, [[0.0] * plan.world for _ in range(plan.stages + 1)]
+    lane_free: dict[tuple[int, int], float] = {}
+    port_free: dict[tuple[str, int], float] = {}
+    for boundary in range(plan.stages + 1):
+        now = [max(pair) for pair in zip(now, arrival[boundary], strict=True)]
+        sizes: dict[tuple[int, int, int], int] = {}
+        needs: dict[tuple[int, int], int] = {}
+        for src, dst, _, start, stop, what, lane, post, need in t:
+            if post == boundary:
+                size = (stop - start) * SHAPE.row_bytes(What(what))
+                sizes[lane, src, dst] = sizes.get((lane, src, dst), 0) + size
+                for rank in (src, dst):
+                    needs[rank, lane] = min(need, needs.get((rank, lane), need))
+        ends = {m: [(m[1], m[0]), (m[2], m[0])] for m in sorted(sizes)}
+        begin = {m: max(max(now[r], lane_free.get((r, lane), 0.0)) for r, lane in ends[m]) for m in ends}
+        done = dict(begin)
+        for kind in ("out", "in", "node", "rail out", "rail in"):
+            for m in sorted(ends, key=lambda m: round(begin[m], 10)):
+                _, src, dst = m
+                inside = src // devices == dst // devices
+                if inside != (not kind.startswith("rail")):
+                    continue
+                place = {"out": src, "in": dst, "node": src // devices}.get(kind)
+                if place is None:
+                    assert one.between is not None
+                    end = src if kind == "rail out" else dst
+                    place = end // devices * one.between.nics + end % devices * one.between.nics // devices
+                    rate = one.between.nic_gb_s
+                else:
+                    rate = one.inside.shared_gb_s if kind == "node" else one.inside.port_gb_s  # type: ignore[assignment]
+                left = max(begin[m], port_free.get((kind, place), 0.0)) + sizes[m] / (rate * 1e9)
+                port_free[kind, place] = left
+                done[m] = max(done[m], left)
+        for m, (_, src, dst) in zip(ends, ends, strict=True):
+            assert one.between is not None
+            near = src // devices == dst // devices
+            done[m] += (one.inside.latency_us if near else one.between.latency_us) * 1e-6
+            for rank, lane in ends[m]:
+                lane_free[rank, lane] = max(lane_free.get((rank, lane), 0.0), done[m])
+                arrival[needs[rank, lane]][rank] = max(arrival[needs[rank, lane]][rank], done[m])
+        for i in np.flatnonzero(plan.tasks[:, 0] == boundary).tolist():
+            table = plan.task(i).bands.table
+            columns = areas(table), table[:, 1] - table[:, 0], table[:, 3] - table[:, 2]
+            now[int(plan.tasks[i, 1])] += float(one.task_seconds(*columns, SHAPE, plan.direction).sum())
+    return now
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_as_one_by_one(seed: int) -> None:
+    rng = random.Random(seed)
+    between = {"nics": rng.choice([1, 2, 4]), "nic_gb_s": 0.3, "latency_us": 30, "through_port": False}
+    one = cluster(nodes=2, devices=4, between=between, inside__shared_gb_s=rng.choice([0.5, 2]), inside__latency_us=10)
+    mask = make_mask(rng.choice(["causal", "documents", "full"]), 400, seed)
+    servers = random_servers_plan(make_layout("zigzag", mask, 8), mask, seed)
+    for plan in [*plans_to_price(), servers, transpose(servers)]:
+        assert simulate_pass([plan], [SHAPE], one).finish == pytest.approx(one_by_one(plan, one), rel=1e-9), plan.name
 
 
 def test_bytes_are_those_of_statistics() -> None:
