@@ -180,9 +180,16 @@ def write(asked: argparse.Namespace, decision: Decision, mask: Mask, shape: Shap
             figures = None
             if c.price is not None:
                 p = c.price
-                figures: dict[str, object] = {"forward": p.forward.seconds, "backward": p.backward.seconds, "exposed": p.exposed}
-                figures |= {"balance": p.balance, "bytes_inside": p.bytes_inside, "bytes_between": p.bytes_between}
-                figures |= {"buffer_bytes": p.buffer_bytes, "ranks_simulated": p.simulated}
+                figures = {
+                    "forward": p.forward.seconds,
+                    "backward": p.backward.seconds,
+                    "exposed": p.exposed,
+                    "balance": p.balance,
+                    "bytes_inside": p.bytes_inside,
+                    "bytes_between": p.bytes_between,
+                    "buffer_bytes": p.buffer_bytes,
+                    "ranks_simulated": p.simulated,
+                }
             rows.append({"strategy": asdict(c.strategy), "bound": c.bound, "refused": c.refused, "price": figures})
         asked.json.write_text(json.dumps({"best": asdict(decision.best.strategy), "candidates": rows}, indent=1))
     if asked.png is None and asked.trace is None:
