@@ -17,6 +17,7 @@ from distattn.launch.generate import main, say_bytes
 from distattn.model import Decoder, build
 from distattn.parallel.comm_threads import run_ranks
 from distattn.parallel.mask import causal
+from distattn.parallel.strategy import Strategy
 from distattn.parallelize import attend_with, make_world
 from distattn.trainer import Trainer
 from tests.distattn.small_run import small_config, small_tokens
@@ -60,6 +61,12 @@ def test_a_sharded_cache_generates_what_the_whole_sequence_does(schedule: str) -
     assert_greedy(lively(), PROMPT, want)
     for world in (2, 5):
         assert run_ranks(world, lambda c: on_ranks(c, schedule, PROMPT, Sampling())) == [want] * world
+
+
+def test_heads_may_be_exchanged_in_the_prefill() -> None:
+    want = list(generate(lively(), ContextParallel(), torch.tensor(PROMPT), COUNT))
+    strategy = Strategy("zigzag", ulysses=2)
+    assert run_ranks(4, lambda c: on_ranks(c, strategy, PROMPT, Sampling()), lanes=4) == [want] * 4
 
 
 def test_a_prompt_may_be_shorter_than_the_ranks() -> None:
