@@ -12,6 +12,7 @@ from distattn import ContextParallel
 from distattn.kernels.aten import Aten
 from distattn.parallel.comm_process import ProcessCommunicator
 from distattn.parallel.schedules.ring import ring
+from distattn.parallel.strategy import Strategy
 from distattn.parallel.transpose import transpose
 from tests.distattn.dense import dense_attention, error
 from tests.parallel.attend import Problem, attend, errors, exact, make_problem, programs
@@ -20,7 +21,15 @@ from tests.workers import Pool
 
 # Relative L2: sums of about a hundred terms, each rounded to 6e-8 (float32) or 1e-16; bfloat16 rounds every element to 2^-9.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 5e-3}
-SCHEDULES = ("ring", "zigzag", "striped")
+STRATEGIES = (
+    Strategy("ring"),
+    Strategy("zigzag", rotate="q"),
+    Strategy("striped", rotate="kv"),
+    Strategy("double_ring", devices=2),
+    Strategy("gather", stages=3),
+    Strategy("tree", devices=2),
+    Strategy("gather", layout="zigzag", ulysses=2),
+)
 
 Errors = dict[str, dict[str, float]]
 
@@ -95,7 +104,7 @@ def schedules(rank: int, world: int) -> list[float]:
     """The default group of the world, each schedule; fewer tokens than ranks and none at all among the masks."""
     worst = []
     group = torch.distributed.group.WORLD
-    contexts = [ContextParallel(group, schedule, timeout=60.0, pad_to_equal=schedule == "striped") for schedule in SCHEDULES]
+    contexts = [ContextParallel(group, s, timeout=60.0, pad_to_equal=s.schedule in ("striped", "tree")) for s in STRATEGIES]
     for cp in contexts:
         for seed, lengths in enumerate(([20, 0, 1, 13], [1], [world - 1], [])):
             worst.append(max(everything(cp, distattn.documents(lengths), seed)))
