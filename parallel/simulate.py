@@ -20,6 +20,7 @@ from distattn.parallel.plan import Plan, What
 from distattn.parallel.ports import Ports
 from distattn.parallel.program import Program, compile_program
 from distattn.parallel.shape import Shape
+from distattn.parallel.shared_cores import SharedCores
 from distattn.parallel.statistics import peak_buffer_rows
 from distattn.parallel.workload import Exchange, Messages, Workload, of_exchange, of_plan
 
@@ -135,6 +136,9 @@ class _Run:
     def phase(self, load: Workload) -> None:
         """Runs one workload from where the clocks are."""
         messages, cluster, world = load.messages, self.cluster, self.world
+        if cluster.host.cores is not None:
+            self._phase_on_shared_cores(load)
+            return
         posted = np.searchsorted(messages.post, np.arange(load.stages + 2))
         ports = Ports(cluster, messages, posted)
         lanes = int(messages.lane.max(initial=0)) + 1
@@ -149,13 +153,29 @@ class _Run:
             self._issue(busy)
             self.device += load.unpack[boundary] + load.pack[boundary]
             now = slice(posted[boundary], posted[boundary + 1])
-            traffic = np.zeros(world)
             if now.start < now.stop:
-                traffic = self._send(load, boundary, now, ports, lane_free, arrival, begun)
+                self._send(messages, boundary, now, ports, lane_free, arrival, begun)
             if boundary < load.stages:
-                self._launch(boundary, load.compute[boundary], traffic)
-        self.inside += int(messages.size[ports.same_node].sum())
-        self.between += int(messages.size[~ports.same_node].sum())
+                self._launch(boundary, load.compute[boundary])
+        self._end(messages)
+
+    def _phase_on_shared_cores(self, load: Workload) -> None:
+        """The same where ranks take cores from each other."""
+
+        def record(rank: int, lane: int, boundary: int, start: float, stop: float, size: int) -> None:
+            who, where, begin, end, total = (np.array([x]) for x in (rank, lane, start, stop, size))
+            self._record(who, where, boundary, begin, end, total)
+
+        run = SharedCores(load, self.cluster, self.device, record if self.keeps_timeline else None)
+        self.host = self.device = run.finish
+        self.compute, self.waiting = self.compute + run.compute, self.waiting + run.waiting
+        self.exposed = self.exposed + run.exposed
+        self._end(load.messages)
+
+    def _end(self, messages: Messages) -> None:
+        same_node = messages.src // self.cluster.devices == messages.dst // self.cluster.devices
+        self.inside += int(messages.size[same_node].sum())
+        self.between += int(messages.size[~same_node].sum())
         self.phases += 1
 
     def _issue(self, seconds: np.ndarray) -> None:
@@ -173,16 +193,15 @@ class _Run:
 
     def _send(
         self,
-        load: Workload,
+        m: Messages,
         boundary: int,
         now: slice,
         ports: Ports,
         lane_free: np.ndarray,
         arrival: np.ndarray,
         begun: np.ndarray,
-    ) -> np.ndarray:
-        """Carries what is posted at a boundary; returns the core seconds that it takes from each rank's kernels, float64 [P]."""
-        m = load.messages
+    ) -> None:
+        """Carries what is posted at a boundary."""
         src, dst, size = m.src[now], m.dst[now], m.size[now]
         ends = m.lane[now] * self.world + src, m.lane[now] * self.world + dst
         start = np.maximum(np.maximum(self.device[src], self.device[dst]), np.maximum(lane_free[ends[0]], lane_free[ends[1]]))
@@ -197,43 +216,15 @@ class _Run:
             bytes_of = np.bincount(np.concatenate(ends), weights=np.tile(size, 2), minlength=len(first))
             batch = np.flatnonzero(np.isfinite(first))
             self._record(batch % self.world, batch // self.world, boundary, first[batch], lane_free[batch], bytes_of[batch])
-        host = self.cluster.host
-        if host.cores is None or not host.traffic_us_mb or boundary == load.stages:
-            return np.zeros(self.world)
-        # Only the part of a transfer that is carried while kernels run slows them.
-        part = size * host.traffic_us_mb * 1e-12 / np.maximum(stop - start, 1e-12)
-        share = np.bincount(np.concatenate([src, dst]), weights=np.tile(part, 2), minlength=self.world)
-        longest = np.zeros(self.world)
-        for end in (src, dst):
-            np.maximum.at(longest, end, stop - self.device[end])
-        return share * np.minimum(longest, load.compute[boundary])
 
-    def _launch(self, stage: int, seconds: np.ndarray, traffic: np.ndarray) -> None:
+    def _launch(self, stage: int, seconds: np.ndarray) -> None:
         """The kernels of a stage."""
-        taken = seconds if self.cluster.host.cores is None else self._on_shared_cores(seconds, traffic)
         if self.keeps_timeline:
             rank = np.flatnonzero(seconds > 0)
             lane, size = np.full(len(rank), COMPUTE), np.zeros(len(rank))
-            self._record(rank, lane, stage, self.device[rank], (self.device + taken)[rank], size)
-        self.compute += taken
-        self.device = self.device + taken
-
-    def _on_shared_cores(self, seconds: np.ndarray, traffic: np.ndarray) -> np.ndarray:
-        """Seconds of kernels that begin together on a node's cores: who still runs has an equal share, one core at most."""
-        cores, devices = self.cluster.host.cores, self.cluster.devices
-        assert cores is not None
-        nodes = -(-self.world // devices)
-        width = min(devices, self.world)
-        runs = (seconds > 0).reshape(nodes, width)
-        crowded = np.repeat(runs.sum(1) >= cores, width)  # otherwise traffic finds an idle core
-        work = np.where((seconds > 0) & crowded, seconds + traffic, seconds).reshape(nodes, width)
-        order = np.argsort(work, axis=1, kind="stable")
-        rising = np.take_along_axis(work, order, axis=1)
-        left = width - np.arange(width)  # ranks that have not finished before the k-th does
-        step = np.diff(rising, axis=1, prepend=0.0) * np.maximum(left / cores, 1.0)
-        taken = np.empty_like(work)
-        np.put_along_axis(taken, order, np.cumsum(step, axis=1), axis=1)
-        return taken.ravel()
+            self._record(rank, lane, stage, self.device[rank], (self.device + seconds)[rank], size)
+        self.compute += seconds
+        self.device = self.device + seconds
 
     def _record(
         self, rank: np.ndarray, lane: np.ndarray, boundary: int, start: np.ndarray, stop: np.ndarray, size: np.ndarray

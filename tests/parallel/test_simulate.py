@@ -273,6 +273,31 @@ def test_traffic_takes_cores() -> None:
         assert simulate(plan, SHAPE, shared).seconds == pytest.approx(seconds(q, 1000) + extra, **EXACT)
 
 
+def test_cores_enough_for_all() -> None:
+    """With a core for each rank the events say what the boundaries say; ports by the clock may only be fairer."""
+    one = {"inside__port_gb_s": 0.3, "inside__latency_us": 20, "host__asynchronous": False, "host__copy_gb_s": 2}
+    one |= {"host__stage_us": 3, "host__message_us": 1, "host__pass_us": 9}
+    for plan in plans_to_price():
+        times = [simulate_pass([plan], [SHAPE], cluster(**one, **more)) for more in ({}, {"host__cores": 8})]
+        exact = plan.direction == "forward" and plan.name == "ring"
+        assert times[1].finish == pytest.approx(times[0].finish, rel=1e-9 if exact else 0.1), (plan.name, plan.direction)
+        assert times[1].compute == pytest.approx(times[0].compute, rel=1e-9)
+        assert np.all(times[1].exposed <= times[1].waiting + 1e-12)
+        assert (times[1].bytes_inside, times[1].bytes_between) == (times[0].bytes_inside, times[0].bytes_between)
+
+
+def test_fewer_cores_are_slower() -> None:
+    """Never faster than work over cores, nor than with a core more; a contiguous ring leaves no core idle for long."""
+    plan = make_plan("ring", causal(2048), 4)
+    total = work(plan).sum() * PAIR / 1e12
+    spent = [
+        simulate_pass([plan], [SHAPE], cluster(inside__port_gb_s=1e3, host__cores=n, host__asynchronous=False)).seconds
+        for n in (1, 2, 3, 4)
+    ]
+    assert spent[0] == pytest.approx(total, rel=1e-3) and sorted(spent, reverse=True) == spent
+    assert total / 2 <= spent[1] * (1 + 1e-9) <= 1.15 * total / 2 * (1 + 1e-9)
+
+
 def test_head_exchange() -> None:
     """Two slices of a plan of two ranks between exchanges in pairs: the plan's messages stay in their slice."""
     before = Exchange("heads", np.array([[9e9, 1e6], [2e6, 0], [0, 1e6], [1e6, 0]], dtype=np.int64))
@@ -397,9 +422,9 @@ def test_bounds_that_no_schedule_beats() -> None:
         assert np.allclose(times.compute + times.waiting, times.finish, rtol=1e-6)
 
 
-def simulated(timeline: bool = True) -> Simulation:
+def simulated(timeline: bool = True, **changes: Any) -> Simulation:
     plan = make_plan("zigzag", causal(1024), 4)
-    return simulate(plan, SHAPE, cluster(inside__latency_us=5, host__stage_us=2), transpose(plan), timeline)
+    return simulate(plan, SHAPE, cluster(inside__latency_us=5, host__stage_us=2, **changes), transpose(plan), timeline)
 
 
 def test_same_input_same_output() -> None:
@@ -411,9 +436,10 @@ def test_same_input_same_output() -> None:
             assert np.array_equal(getattr(one.timeline, column), getattr(other.timeline, column))
 
 
-def test_timeline_is_consistent() -> None:
+@pytest.mark.parametrize("changes", [{}, {"host__cores": 2, "host__asynchronous": False}])
+def test_timeline_is_consistent(changes: dict[str, Any]) -> None:
     """Kernels add up to the busy time, nothing on one lane of one rank overlaps, all ends by the end."""
-    for times in simulated().passes:
+    for times in simulated(**changes).passes:
         t = times.timeline
         assert t is not None and np.all(t.start <= t.stop) and np.all(np.diff(t.start) >= 0)
         assert t.stop.max() <= times.seconds + 1e-12
