@@ -14,7 +14,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("distattn", "distattn.kernels", "distattn.parallel", "distattn.parallel.schedules", "distattn.launch")
-PROGRAMS = ("train", "prepare", "doctor", "kernel_report", "bench_attention")
+PROGRAMS = (
+    "train",
+    "prepare",
+    "generate",
+    "plan",
+    "calibrate",
+    "doctor",
+    "kernel_report",
+    "bench_attention",
+    "bench_decode",
+    "bench_simulator",
+)
 SEVERAL_STARTS_OF_TORCH = 240  # seconds; some on an idle machine
 
 # Imports every module of the installed package; with a first argument, as if there were no package of that name.

@@ -84,6 +84,24 @@ def test_heads_traded_for_tokens_are_one_device(folder: Path, alone, gloo: Pool,
             assert_equal(found, alone["float64"], TOLERANCE["float64"])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel__schedule": "double_ring", "parallel__node_devices": 2},
+        {"parallel__schedule": "gather", "parallel__stages": 2},
+        {"parallel__schedule": "tree", "parallel__node_devices": 2},
+        pytest.param({"parallel__schedule": "zigzag", "parallel__rotate": "q"}, marks=pytest.mark.slow),
+        pytest.param({"parallel__schedule": "auto", "parallel__cluster": "l40s"}, marks=pytest.mark.slow),
+    ],
+    ids=lambda changes: changes["parallel__schedule"],
+)
+def test_every_schedule_is_one_device(folder: Path, alone, gloo: Pool, changes: Changes) -> None:
+    runs = {changes["parallel__schedule"]: {**changes, "model__dtype": "float64"}}
+    for rank in gloo(4).run(losses_of_rank, str(folder), runs, timeout=400):
+        for found in rank.values():
+            assert_equal(found, alone["float64"], TOLERANCE["float64"])
+
+
 def test_data_and_context_axes_together_are_one_device(folder: Path, gloo: Pool) -> None:
     """Two groups of two ranks, each with sequences of its own; and what is recomputed is not another result."""
     common: Changes = {"model__dtype": "float64", "train__sequences_per_step": 2}
