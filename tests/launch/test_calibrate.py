@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from distattn.launch import calibrate_kernels
+from distattn.launch import bench_simulator, calibrate_kernels
+from distattn.launch.bench_simulator import CASES, Row
 from distattn.launch.calibrate import describe, main, measure, parse, write
 from distattn.launch.calibrate_kernels import Bench, Grid, measure_kernel
 from distattn.launch.calibrate_links import Nodes, same_sizes
@@ -159,6 +160,45 @@ def test_nodes() -> None:
     assert same_sizes([3] * 6) == 3
     with pytest.raises(ValueError, match=r"Nodes hold \[1, 2\] ranks each"):
         same_sizes([1, 2, 2])
+
+
+def test_bench_predicts_every_case() -> None:
+    """Before any rank starts: each case and schedule of the benchmark has a price, more for both passes than for one."""
+    cluster = load_cluster("gloo2")
+    for case in CASES[:4]:
+        for schedule in bench_simulator.SCHEDULES:
+            forward, step = bench_simulator.predict(schedule, case, 2, cluster)
+            assert 0 < forward < step < 10
+
+
+def test_bench_report(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [Row(2, "a", "ring", 1, 4, 1, 5), Row(2, "a", "zigzag", 1, 2, 1, 1.5), Row(4, "a", "ring", 1, 1, 1, 2)]
+    rows += [Row(4, "a", "tree", 1, 1.5, 1, 1.8)]
+    assert [row.error for row in rows] == pytest.approx([0.25, -0.25, 1, 0.2])
+    assert bench_simulator.regrets(rows) == pytest.approx([0, 0.5])
+    bench_simulator.report(rows)
+    said = capsys.readouterr().out
+    assert "all: median error 25.0%, worst 100.0% of 4" in said and "25.0% of the best on average, 50.0% at worst" in said
+    assert "1.25 of 4000" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--worlds", "1"], "--worlds of 2"), (["--cluster", "no"], "no cluster 'no'"), (["--cases", "99"], "--cases of 1 to 14")],
+)
+def test_bench_mistakes(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_simulator.main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_bench_runs(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    command = [sys.executable, str(ROOT / "launch" / "bench_simulator.py"), "--worlds", "2", "--rounds", "1", "--cases", "1"]
+    done = subprocess.run([*command, "--json", str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    rows = [Row(**row) for row in json.loads(path.read_text())]
+    assert [row.schedule for row in rows] == list(bench_simulator.SCHEDULES) and all(0 < row.forward < row.step for row in rows)
 
 
 @pytest.mark.slow
