@@ -101,6 +101,7 @@ class Plan:
         transfers: int64 [t, 9], columns ``TRANSFER``; both ends of a lane take theirs in this order.
         kept: int64 [k, 5], columns ``KEPT``. Empty in forward plans.
         buffer_bound: rows of foreign data that a rank holds at most at any time, as the schedule states it; verified.
+        quiet: last stages of a forward plan in which nobody computes: partial results are on their way home.
         bands_of: the one rank whose tasks have their bands, where a schedule was asked for no more; None: all have.
     """
 
@@ -116,6 +117,7 @@ class Plan:
     kept: np.ndarray
     buffer_bound: int | None = None
     rank: int | None = None
+    quiet: int = 0
     bands_of: int | None = None
 
     @property

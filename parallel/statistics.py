@@ -125,11 +125,12 @@ def wasted_rows(plan: Plan) -> int:
     return int(subtract(rows(t[:, DST], t[:, WHAT], t[:, OWNER], t[:, START], t[:, STOP]), used).rows.sum())
 
 
-def peak_buffer_rows(plan: Plan) -> np.ndarray:
+def peak_buffer_rows(plan: Plan, weights: np.ndarray | None = None) -> np.ndarray:
     """Rows of foreign data (inputs and sums) that each rank holds at once, at most; int64 [P].
 
     A run of an owner's rows is held from the boundary that posts its first arrival (or the stage of the first task that adds
-    to it) to the end of the last stage that uses it, or the boundary that awaits its last departure.
+    to it) to the end of the last stage that uses it, or the boundary that awaits its last departure. With ``weights``, int64
+    by What, the most that these rows weigh together: bytes, say.
     """
     t, tasks = plan.transfers, plan.tasks
     columns = [
@@ -154,6 +155,8 @@ def peak_buffer_rows(plan: Plan) -> np.ndarray:
     number, first = groups(rank, owner, what)
     runs = union(Intervals(number, start, stop))
     rows = np.bincount(runs.key, weights=runs.rows, minlength=len(first)).astype(np.int64)
+    if weights is not None:
+        rows *= weights[what[first]]
     begin, end = np.full(len(first), plan.stages + 1), np.zeros(len(first), np.int64)
     np.minimum.at(begin, number, born)
     np.maximum.at(end, number, dies)

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from distattn.kernels.bands import INF, Q0, Q1, clip, shift
-from distattn.parallel.intervals import Intervals, cut, groups, union
+from distattn.parallel.intervals import Intervals, cut, expand, groups, subtract, union
 from distattn.parallel.plan import (
     DST,
     HOME_LANE,
@@ -57,12 +57,15 @@ def transpose(plan: Plan, keep: Keep = "last") -> Plan:
     if keep not in ("all", "last", "none"):
         raise ValueError(f"keep must be 'all', 'last' or 'none'. Found {keep!r}.")
     inputs = plan.transfers[np.isin(plan.transfers[:, WHAT], (What.Q, What.KV))]
-    lead = int(keep == "none" and inputs[:, NEED].max(initial=0) == plan.stages - 1 > 0)  # a stage in which the first ones travel
-    stages, received = plan.stages + lead, len(inputs) > 0
+    lead = int(keep == "none" and plan.stages > 1 and not plan.quiet)  # a stage in which the first ones travel
+    stages, received = plan.stages + lead, plan.stages > 1
+    longest = _longest_hops(plan.world, inputs)
     if plan.bands_of is not None:
         plan = _neighbourhood(plan, plan.bands_of)
         inputs = plan.transfers[np.isin(plan.transfers[:, WHAT], (What.Q, What.KV))]
-    resent, kept = _inputs(plan, inputs, keep, stages)
+    back = _reversed(plan.transfers, stages)
+    resent, kept = _inputs(plan, inputs, keep, stages, longest)
+    queries = _with_dout(back, kept, plan.world)
     tasks, task_of_band, bands = plan.tasks.copy(), plan.task_of_band, plan.bands
     tasks[:, STAGE] = stages - 1 - tasks[:, STAGE]
     if keep == "none" and received:
@@ -70,7 +73,7 @@ def transpose(plan: Plan, keep: Keep = "last") -> Plan:
     order = np.lexsort((-np.arange(len(tasks)), tasks[:, STAGE]))
     band_order = np.argsort(np.argsort(order, kind="stable")[task_of_band], kind="stable")
     counts = np.bincount(task_of_band, minlength=len(tasks))
-    transfers = np.concatenate([resent, _reversed(plan.transfers, stages)])
+    transfers = np.concatenate([resent, queries, back])
     bound = plan.buffer_bound
     if bound is not None:
         held = np.bincount(kept[:, 0], weights=kept[:, 3] - kept[:, 2], minlength=1).max() if keep == "all" else 0
@@ -132,25 +135,57 @@ def _reversed(transfers: np.ndarray, stages: int) -> np.ndarray:
     out[:, POST], out[:, NEED] = stages - transfers[:, NEED], stages - transfers[:, POST]
     for what, gradient in GRADIENT_OF.items():
         out[transfers[:, WHAT] == what, WHAT] = gradient
-    out[out[:, WHAT] != What.DOUT, LANE] = HOME_LANE
+    out[(out[:, WHAT] != What.DOUT) & (out[:, NEED] - out[:, POST] == 1), LANE] = HOME_LANE  # long hops block no short ones
     return out
 
 
-def _inputs(plan: Plan, inputs: np.ndarray, keep: Keep, stages: int) -> tuple[np.ndarray, np.ndarray]:
+def _longest_hops(world: int, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each owner the boundaries that the longest hop of its rows takes, and that hop's lane."""
+    hop, lane = np.ones(world, dtype=np.int64), np.zeros(world, dtype=np.int64)
+    order = np.argsort(inputs[:, NEED] - inputs[:, POST], kind="stable")
+    hop[inputs[order, OWNER]] = (inputs[:, NEED] - inputs[:, POST])[order]
+    lane[inputs[order, OWNER]] = inputs[order, LANE]
+    return hop, lane
+
+
+def _with_dout(back: np.ndarray, kept: np.ndarray, world: int) -> np.ndarray:
+    """Queries that are not kept travel once more, with the upstream gradients of the same rows."""
+    queries = back[back[:, WHAT] == What.DOUT]
+    held = kept[kept[:, 4] == What.Q]
+    number = np.arange(len(queries))
+    # Each transfer is a key of its own; what its receiver keeps of the owner's rows is cut out of it.
+    pair, pair_held = queries[:, DST] * world + queries[:, OWNER], held[:, 0] * world + held[:, 1]
+    order = np.argsort(pair_held, kind="stable")
+    first, last = (np.searchsorted(pair_held[order], pair, side=side) for side in ("left", "right"))
+    index, at = expand(first, last)
+    at = order[at]
+    left = subtract(Intervals(number, queries[:, START], queries[:, STOP]), Intervals(number[index], held[at, 2], held[at, 3]))
+    out = queries[left.key]
+    out[:, START], out[:, STOP], out[:, WHAT] = left.start, left.stop, What.Q
+    return out
+
+
+def _inputs(
+    plan: Plan, inputs: np.ndarray, keep: Keep, stages: int, longest: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
     """(transfers that bring q and kv once more, the table of kept runs)."""
     piece, start, stop, use = _pieces_with_last_use(plan, inputs)
     row = inputs[piece]
     kept = {"all": np.ones(len(row), bool), "last": use == plan.stages - 1, "none": np.zeros(len(row), bool)}[keep]
-    child, child_post = _child(row, start, use)
-    again = ~kept
-    has_child = child >= 0
-    need = stages - 1 - np.where(has_child, child_post, use)
-    columns = [np.where(has_child, child, row[:, OWNER]), row[:, DST], row[:, OWNER], row[:, WHAT], row[:, LANE], need]
+    relay = _relay(row, start, use)
+    again = ~kept & (row[:, WHAT] == What.KV)
+    passed = relay >= 0
+    need = stages - 1 - np.where(passed, row[relay, POST], use)
+    hop, long_lane = (column[row[:, OWNER]] for column in longest)
+    far = ~passed & (hop > 1) & (use >= hop)  # straight from the owner, and it came over the longest hop
+    lane = np.where(passed, row[relay, LANE], np.where(far, long_lane, row[:, LANE]))
+    columns = [np.where(passed, row[relay, DST], row[:, OWNER]), row[:, DST], row[:, OWNER], row[:, WHAT], lane, need]
+    columns.append(np.maximum(need - np.where(far, hop, 1), 0))
     group, first = groups(*(c[again] for c in columns))
-    src, dst, owner, what, lane, need = (c[again][first] for c in columns)
+    src, dst, owner, what, lane, need, post = (c[again][first] for c in columns)
     runs = union(Intervals(group, start[again], stop[again]))
     g = runs.key
-    resent = np.stack([src[g], dst[g], owner[g], runs.start, runs.stop, what[g], lane[g], need[g] - 1, need[g]], 1)
+    resent = np.stack([src[g], dst[g], owner[g], runs.start, runs.stop, what[g], lane[g], post[g], need[g]], 1)
     group, first = groups(*(c[kept] for c in (row[:, DST], row[:, OWNER], row[:, WHAT])))
     runs = union(Intervals(group, start[kept], stop[kept]))
     rank, owner, what = (row[kept][first][:, c] for c in (DST, OWNER, WHAT))
@@ -175,8 +210,8 @@ def _pieces_with_last_use(plan: Plan, inputs: np.ndarray) -> tuple[np.ndarray, .
     return piece, start, stop, last[number[: len(piece)]]
 
 
-def _child(row: np.ndarray, start: np.ndarray, use: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each received piece: the rank that it was passed on to after its last use here, or -1; and when."""
+def _relay(row: np.ndarray, start: np.ndarray, use: np.ndarray) -> np.ndarray:
+    """For each received piece: the row with which it was passed on after its last use here, or -1."""
     n = len(row)
     place = np.concatenate([row[:, DST], row[:, SRC]])  # where the piece is needed; where a relay took it from
     number, first = groups(place, np.tile(row[:, WHAT], 2), np.tile(row[:, OWNER], 2), np.tile(start, 2))
@@ -186,5 +221,4 @@ def _child(row: np.ndarray, start: np.ndarray, use: np.ndarray) -> tuple[np.ndar
     last_use[here] = use
     valid = np.flatnonzero((row[:, SRC] != row[:, OWNER]) & (row[:, POST] >= last_use[from_here]))
     late_enough[from_here[valid]] = valid  # the last one in plan order, if several
-    relay = late_enough[here]
-    return np.where(relay >= 0, row[relay, DST], -1), np.where(relay >= 0, row[relay, POST], -1)
+    return late_enough[here]

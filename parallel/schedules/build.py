@@ -31,6 +31,7 @@ def forward_plan(
     visiting: Literal["q", "kv"],
     buffer_bound: int,
     rank: int | None,
+    quiet: int = 0,
 ) -> Plan:
     """The plan in which each band goes to the one task that holds its rows.
 
@@ -60,6 +61,7 @@ def forward_plan(
         transfers=transfers,
         kept=no_kept(),
         buffer_bound=buffer_bound,
+        quiet=quiet,
         bands_of=rank,
     )
 

@@ -6,14 +6,16 @@ Attention") the same hops give balanced causal work. Pruned: a row stops at the 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
-from distattn.kernels.bands import K0, Q0, shift
 from distattn.parallel.intervals import Intervals, subtract
 from distattn.parallel.layout import Layout
 from distattn.parallel.localize import local_bands
 from distattn.parallel.mask import Mask
-from distattn.parallel.plan import HOME_LANE, KV_START, Q_START, Plan, What, no_kept
+from distattn.parallel.plan import HOME_LANE, KV_START, OWNER, POST, Q_START, STAGE, START, WHAT, Plan, What
+from distattn.parallel.schedules.build import PlacedBands, forward_plan, local_tasks
 from distattn.parallel.schedules.chain import GRAIN, Runs, chain_runs
 
 LANE = 0
@@ -73,45 +75,21 @@ def _plan(
 ) -> Plan:
     """Tasks: every rank has one for its own rows and one for each run that reaches it."""
     world, rows = layout.world, layout.rows_all
-    own = np.flatnonzero(rows)
-    owner, hop = np.concatenate([own, runs.owner]), np.concatenate([np.zeros_like(own), runs.hop])
-    start, stop = np.concatenate([np.zeros_like(own), runs.start]), np.concatenate([rows[own], runs.stop])
-    at = (owner + hop) % world
-    resident, visiting = (at, np.zeros_like(at), rows[at]), (owner, start, stop)
+    at, zero = (runs.owner + runs.hop) % world, np.zeros_like(runs.owner)
+    resident, visiting = (at, zero, rows[at]), (runs.owner, runs.start, runs.stop)
     sides = (*resident, *visiting) if key_side else (*visiting, *resident)
-    tasks = np.stack([hop, at, *sides], 1)
-    order = np.lexsort((start, owner, hop))
-    tasks = tasks[order]
+    tasks = np.concatenate([local_tasks(layout), np.stack([runs.hop, at, *sides], 1)])
+    start = KV_START if key_side else Q_START
+    tasks = tasks[np.lexsort((tasks[:, start], tasks[:, start - 1], tasks[:, STAGE]))]
     here, there = (x.ravel() for x in np.meshgrid(np.arange(world) if rank is None else [rank], np.arange(world), indexing="ij"))
-    bands, pair = local_bands(mask, layout, here, there) if key_side else local_bands(mask, layout, there, here)
-    hops = (here[pair] - there[pair]) % world
-    first_row = K0 if key_side else Q0
-    task = _containing(tasks, KV_START if key_side else Q_START, world, hops, there[pair], bands[:, first_row])
-    by_task = np.argsort(task, kind="stable")
-    task, bands = task[by_task], bands[by_task]
-    bands = shift(bands, 0, -tasks[task, KV_START]) if key_side else shift(bands, -tasks[task, Q_START], 0)
-    key = [transfers[:, c] for c in (3, 2, 5, 7)]
-    return Plan(
-        name=name,
-        direction="forward",
-        layout=layout,
-        mask=mask,
-        stages=stages,
-        tasks=tasks,
-        band_ptr=np.concatenate([[0], np.cumsum(np.bincount(task, minlength=len(tasks)))]).astype(np.int64),
-        bands=bands,
-        transfers=transfers[np.lexsort(key)],
-        kept=no_kept(),
-        buffer_bound=(2 if key_side else 4) * int(rows.max(initial=0)),
-        bands_of=rank,
-    )
-
-
-def _containing(tasks: np.ndarray, start: int, world: int, hop: np.ndarray, owner: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """The task of each (hop, owner of the visiting rows, row): the last one that begins at or before that row."""
-    span = int(max(tasks[:, start].max(initial=0), row.max(initial=0))) + 1
-    keys = (tasks[:, 0] * world + tasks[:, start - 1]) * span + tasks[:, start]
-    return np.searchsorted(keys, (hop * world + owner) * span + row, side="right") - 1
+    q_rank, kv_rank = (here, there) if key_side else (there, here)
+    table, pair = local_bands(mask, layout, q_rank, kv_rank)
+    bands = PlacedBands(table, q_rank[pair], kv_rank[pair])
+    transfers = transfers[np.lexsort([transfers[:, c] for c in (START, OWNER, WHAT, POST)])]
+    bound = (2 if key_side else 4) * int(rows.max(initial=0))
+    visits: Literal["q", "kv"] = "kv" if key_side else "q"
+    quiet = int(not key_side and stages > 1)
+    return forward_plan(name, layout, mask, stages, tasks, bands, transfers, visits, bound, rank, quiet)
 
 
 def _last_hops(runs: Runs, world: int) -> Runs:

@@ -104,7 +104,7 @@ def tree(layout: Layout, mask: Mask, devices: int | None = None, in_flight: int 
     bands = PlacedBands(table[mine], owner[mine], at[mine])
     transfers = _transfers(shape, turns, _edges(shape, own_use, world, rank), world)
     bound = (min(most, world - 1) + min(turns.together, world - 1)) * int(layout.rows_all.max(initial=0))
-    return forward_plan("tree", layout, mask, turns.stages, tasks, bands, transfers, "q", bound, rank)
+    return forward_plan("tree", layout, mask, turns.stages, tasks, bands, transfers, "q", bound, rank, shape.depth)
 
 
 def _pairs(shape: Tree, world: int, rank: int | None) -> tuple[np.ndarray, np.ndarray]:

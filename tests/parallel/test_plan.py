@@ -22,7 +22,14 @@ from distattn.parallel.transpose import transpose
 from distattn.parallel.verify import verify
 from tests.parallel.plans import LAYOUTS, MASKS, make_layout, make_mask, random_servers_plan, tree_plan
 
-HOLES = ("window", "document_windows", "symmetric", "sinks", "union")  # a rank may see two runs of a segment: what lies between travels too
+# A rank may see two runs of a segment: what lies between travels too.
+HOLES = (
+    "window",
+    "document_windows",
+    "symmetric",
+    "sinks",
+    "union",
+)
 UNIT = Shape(heads=1, kv_heads=1, d=8, d_v=8, dtype=torch.bfloat16)
 
 
