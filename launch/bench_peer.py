@@ -38,6 +38,7 @@ FORWARD, BOTH = "forward", "forward and backward"
 # Relative L2 against float64. Float32 sums over some thousand keys are off by about 1e-6; a lost hop or a mask that is off by one
 # diagonal by 1e-3 and more.
 TOLERANCE = 1e-5
+BUSY = 1.1  # by the clock over the processor's time: from here on other programs are part of the figures
 
 
 def parser() -> argparse.ArgumentParser:
@@ -252,7 +253,8 @@ def relative(found: Tensor, right: Tensor) -> float:
 
 
 def measure(problem: Problem, communicator: Communicator, truth: dict[str, Tensor]) -> dict[str, Any]:
-    """Errors of both, what is refused for that, and the seconds of every round, of the slowest rank. The same on every rank."""
+    """Errors of both, what is refused for that, and the seconds of every round, of the slowest rank, by the clock and of its
+    processor. The same on every rank."""
     import torch
 
     def slowest(mine: Any) -> list[Any]:
@@ -269,20 +271,25 @@ def measure(problem: Problem, communicator: Communicator, truth: dict[str, Tenso
         errors[name] = {x: max(one[x] for one in slowest(mine)) for x in mine}
     fault = errors[PEER].pop("fault") <= TOLERANCE
     kinds, refused = judge(errors, fault, problem.known_fault)
-    seconds: dict[str, dict[str, list[float]]] = {kind: {c: [] for c in contenders(systems)} for kind in kinds}
+    seconds: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in contenders(systems)} for kind in kinds}
+    processor: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in contenders(systems)} for kind in kinds}
     for turn in range(problem.repeat + 1):  # the first round does not count
         for kind in kinds:
             for name, work in contenders(systems).items():
                 communicator.all_gather_bytes(b"")
-                start = time.perf_counter()
+                begun = time.perf_counter(), time.process_time()
                 work(kind == BOTH)
-                spent = max(slowest(time.perf_counter() - start))
+                spent = slowest([time.perf_counter() - begun[0], time.process_time() - begun[1]])
                 if turn:
-                    seconds[kind][name].append(spent)
+                    for figures, values in zip((seconds, processor), zip(*spent, strict=True), strict=True):
+                        figures[kind][name].append(max(values))
         if communicator.rank == 0 and kinds:
             print(f"round {turn} of {problem.repeat}", file=sys.stderr, flush=True)
     versions = {"torch": torch.__version__, PEER: importlib.metadata.version(PEER)}
-    return {"versions": versions, "errors": errors, "fault": fault, "refused": refused, "seconds": seconds}
+    return {
+        **{"versions": versions, "errors": errors, "fault": fault, "refused": refused},
+        **{"seconds": seconds, "processor_seconds": processor},
+    }
 
 
 def contenders(systems: dict[str, System]) -> dict[str, Callable[[bool], object]]:
@@ -345,8 +352,6 @@ def shares(seconds: dict[str, float]) -> Shares:
 
 def print_figures(problem: Problem, figures: dict[str, Any]) -> None:
     """The tables, and the command that made them."""
-    from distattn.launch.bench_attention_single import Times
-
     versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
     print(
         f"causal attention of {problem.tokens} tokens, {problem.heads} heads of {problem.head_dim}, float32, on {problem.ranks} "
@@ -357,20 +362,7 @@ def print_figures(problem: Problem, figures: dict[str, Any]) -> None:
         + "; ".join(f"{name} " + ", ".join(f"{x} {found[x]:.1e}" for x in TENSORS) for name, found in figures["errors"].items())
     )
     for kind, seconds in figures["seconds"].items():
-        print(f"\n{kind:<45}{'seconds':>9}{'spread':>9}{'over its kernels':>18}")
-        times = {name: Times(values) for name, values in seconds.items()}
-        for name, part in times.items():
-            over = f"{part.median / times[kernels(name)].median:.3f}" if kernels(name) in times else "-"
-            print(f"{name:<45}{part.median:>9.3f}{part.spread:>9.0%}{over:>18}")
-        middle = shares({name: part.median for name, part in times.items()})
-        rounds = [shares(dict(zip(seconds, one, strict=True))) for one in zip(*seconds.values(), strict=True)]
-        for name, value in (
-            ("peer's time over ours", "total"),
-            ("of that the kernels'", "kernel"),
-            ("and the schedule's", "schedule"),
-        ):
-            values = [getattr(one, value) for one in rounds]
-            print(f"{name:<45}{getattr(middle, value):>9.3f}   (rounds: {min(values):.3f} to {max(values):.3f})")
+        print_kind(kind, seconds, figures["processor_seconds"][kind])
     if figures["fault"] and BOTH in figures["seconds"]:
         print(
             "\nThe peer's dk and dv are NOT the gradients. They were summed up right and handed out wrong (dk + dv, and dk + dv "
@@ -379,6 +371,32 @@ def print_figures(problem: Problem, figures: dict[str, Any]) -> None:
     for sentence in figures["refused"]:
         print(f"\n{sentence}")
     print(f"Made by: {figures['command']}")
+
+
+def print_kind(kind: str, seconds: dict[str, list[float]], processor: dict[str, list[float]]) -> None:
+    """The table of one kind of pass, the shares, and whether the machine was busy with something else."""
+    from distattn.launch.bench_attention_single import Times
+
+    print(f"\n{kind:<45}{'seconds':>9}{'spread':>9}{'processor':>11}{'over its kernels':>18}")
+    times = {name: Times(values) for name, values in seconds.items()}
+    for name, part in times.items():
+        over = f"{part.median / times[kernels(name)].median:.3f}" if kernels(name) in times else "-"
+        print(f"{name:<45}{part.median:>9.3f}{part.spread:>9.0%}{Times(processor[name]).median:>11.3f}{over:>18}")
+    middle = shares({name: part.median for name, part in times.items()})
+    rounds = [shares(dict(zip(seconds, one, strict=True))) for one in zip(*seconds.values(), strict=True)]
+    for name, value in (
+        ("peer's time over ours", "total"),
+        ("of that the kernels'", "kernel"),
+        ("and the schedule's", "schedule"),
+    ):
+        values = [getattr(one, value) for one in rounds]
+        print(f"{name:<45}{getattr(middle, value):>9.3f}   (rounds: {min(values):.3f} to {max(values):.3f})")
+    alone = [kernels(name) for name in ("distattn", PEER)]
+    ours, peers = (Times(processor[name]).median for name in alone)
+    print(f"{'the kernels by processor seconds':<45}{peers / ours:>9.3f}")
+    waited = max(times[name].median / Times(processor[name]).median for name in alone)
+    if waited > BUSY:
+        print(f"THE MACHINE WAS BUSY: kernels that wait for nobody took {waited:.1f} times their processor's seconds.")
 
 
 if __name__ == "__main__":

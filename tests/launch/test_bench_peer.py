@@ -132,13 +132,17 @@ def test_shares_multiply_to_the_ratio(capsys: pytest.CaptureFixture[str]) -> Non
     assert (found.total, found.kernel, found.schedule) == (6.0, 4.0, 1.5)
     rounds = {name: [0.5 * value, value, 4 * value] for name, value in seconds.items()}
     figures = {"versions": {"torch": "2"}, "errors": errors(dk=1.0), "fault": True, "refused": [], "command": "me"}
-    print_figures(problem(), {**figures, "seconds": {BOTH: rounds}})
+    times = {"seconds": {BOTH: rounds}, "processor_seconds": {BOTH: rounds}}
+    print_figures(problem(), {**figures, **times})
     said = capsys.readouterr().out
     assert "peer's time over ours" in said and "6.000   (rounds: 6.000 to 6.000)" in said
     assert "1.500   (rounds: 1.500 to 1.500)" in said and "1.250" in said and "1.875" in said and "350%" in said
+    assert "the kernels by processor seconds" in said and "BUSY" not in said
     assert "NOT the gradients" in said and "Made by: me" in said
-    print_figures(problem(), {**figures, "seconds": {FORWARD: rounds}})
-    assert "NOT the gradients" not in capsys.readouterr().out
+    halves = {name: [value / 2 for value in values] for name, values in rounds.items()}
+    print_figures(problem(), {**figures, "seconds": {FORWARD: rounds}, "processor_seconds": {FORWARD: halves}})
+    said = capsys.readouterr().out
+    assert "NOT the gradients" not in said and "THE MACHINE WAS BUSY: kernels that wait for nobody took 2.0 times" in said
 
 
 @pytest.mark.parametrize(
@@ -192,5 +196,6 @@ def test_a_tiny_run_against_the_installed_peer(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "figures.json").read_text())
     assert max(found["errors"]["distattn"].values()) < 1e-6 and found["errors"][PEER]["out"] < 1e-6
     assert set(found["seconds"]) == {FORWARD, BOTH}
-    assert all(len(values) == 2 and min(values) > 0 for kind in found["seconds"].values() for values in kind.values())
+    for figures in (found["seconds"], found["processor_seconds"]):
+        assert all(len(values) == 2 and min(values) > 0 for kind in figures.values() for values in kind.values())
     assert "of that the kernels'" in done.stdout and "Made by: python launch/bench_peer.py --tokens 128" in done.stdout
