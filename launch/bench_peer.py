@@ -287,8 +287,12 @@ def measure(problem: Problem, communicator: Communicator, truth: dict[str, Tenso
             print(f"round {turn} of {problem.repeat}", file=sys.stderr, flush=True)
     versions = {"torch": torch.__version__, PEER: importlib.metadata.version(PEER)}
     return {
-        **{"versions": versions, "errors": errors, "fault": fault, "refused": refused},
-        **{"seconds": seconds, "processor_seconds": processor},
+        "versions": versions,
+        "errors": errors,
+        "fault": fault,
+        "refused": refused,
+        "seconds": seconds,
+        "processor_seconds": processor,
     }
 
 
