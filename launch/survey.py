@@ -4,7 +4,7 @@ python launch/survey.py --out runs/survey             everything: grid, summary,
 python launch/survey.py --out runs/survey --claims    only published ratios, simulated (also: --grid, --regret)
 
 The grid: lengths, ranks, heads, masks and clusters; for each the choice of schedule="auto" and the best of every other kind of
-schedule. The same command goes on where it was interrupted (cases.jsonl); after a change of the simulator use a new folder.
+schedule. The same command goes on where it was interrupted (cases.jsonl), anew after a change of code or clusters.
 Regret: what the choice by the shipped description costs where links have half or twice the bandwidth that it says.
 """
 
@@ -35,8 +35,9 @@ DOCUMENT_MEAN, DOCUMENT_SIGMA = 4096, 1.0  # tokens, log-normal; sigma of the lo
 PER_RANK = 8192  # tokens a rank of the plot
 # Documents x ranks above which a case takes minutes: its shards have that many pieces, and every candidate plans them anew.
 LARGEST = 1 << 15
-# Bands x ranks up to which schedules are priced that auto need not look at.
-NAMED = 1 << 12
+# Bands x ranks up to which schedules are priced that auto need not look at, and on more ranks than some only with long shards.
+NAMED, SOME = 1 << 12, 64
+TILE = 128  # tokens of a rank; with fewer even one tile of a kernel is not full
 INTERRUPTED = "interrupted before it; the same command goes on"
 
 
@@ -88,13 +89,13 @@ class Case:
 def grid(quick: bool) -> list[Case]:
     """The plot's cases, then lengths x ranks x masks on all clusters, and a smaller one with other heads; cheap ones first."""
     if quick:
-        return [Case(*c) for c in product(("h200",), ("32:8",), MASKS, (16 << 10,), (2, 16))]
+        return [Case(*c) for c in product(("h200",), ("32:8",), MASKS, (16 << 10,), (2, 8))]
     shown = [Case("h200", "32:8", mask, PER_RANK << i, 1 << i) for mask in MASKS for i in range(1, 10)]
     lengths, worlds = (8 << 10, 64 << 10, 512 << 10, 4 << 20), (2, 8, 64, 512)
     made = [Case(*c) for c in product(("a100", "h100", "h200", "l40s"), ("32:8",), MASKS, lengths, worlds)]
     made += [Case(*c) for c in product(("h200",), ("32:32", "64:8", "16:16"), MASKS, lengths[1:3], worlds[1:3])]
-    by_cost = sorted(shown, key=lambda c: (c.pieces, c.tokens)), sorted(made, key=lambda c: (c.pieces, c.tokens))
-    return list(dict.fromkeys([*by_cost[0], *by_cost[1]]))
+    by_cost = (sorted(some, key=lambda c: (c.pieces, -c.tokens)) for some in (shown, made))
+    return list(dict.fromkeys(case for some in by_cost for case in some))
 
 
 def kind_of(strategy: Strategy, world: int) -> str:
@@ -129,7 +130,6 @@ def survey_case(case: Case, cluster: Cluster) -> dict[str, Any]:
     return {
         **asdict(case),
         "simulated": True,
-        "description": digest(cluster),
         "strategy": asdict(best.strategy),
         "kind": kind_of(best.strategy, case.world),
         "winner": described(best.strategy, case.world),
@@ -167,7 +167,7 @@ def best_of_kinds(decision: Decision, case: Case, mask: Mask, shape: Shape, clus
             found.setdefault(kind, []).append(candidate.price)
         else:
             waiting.setdefault(kind, []).append(candidate.strategy)
-    if case.pieces <= NAMED:
+    if case.pieces <= NAMED and (case.world <= SOME or case.tokens >= PER_RANK * case.world):
         for kind, strategies in waiting.items():
             first = strategies[0]
             chosen = [s for s in strategies if s.layout == first.layout] if kind == "gather" else [first]
@@ -177,14 +177,21 @@ def best_of_kinds(decision: Decision, case: Case, mask: Mask, shape: Shape, clus
 
 
 def digest(cluster: Cluster) -> str:
-    """Names a description, so that a survey goes on with the one it began with."""
-    return hashlib.blake2b(repr(cluster).encode(), digest_size=6).hexdigest()
+    """Names a description and the code that prices it, so that a survey never mixes two."""
+    from distattn import parallel
+
+    made = hashlib.blake2b(repr(cluster).encode(), digest_size=6)
+    for path in sorted(Path(parallel.__path__[0]).rglob("*.py")):
+        made.update(path.read_bytes())
+    return made.hexdigest()
 
 
 def reason(case: Case, cluster: Cluster, largest: int) -> str | None:
     """Why a case is not priced, in words that are counted."""
     if case.tokens < case.world:
         return "more ranks than tokens"
+    if case.tokens < case.world * TILE:
+        return f"fewer than {TILE} tokens a rank"
     if case.world > cluster.nodes * cluster.devices:
         return "more ranks than the cluster has"
     if case.mask == "documents" and case.pieces > largest:
@@ -212,6 +219,7 @@ def run_grid(
 
     cases = list(cases)
     clusters = {name: load_cluster(name) for name in dict.fromkeys(c.cluster for c in cases)}
+    digests = {name: digest(cluster) for name, cluster in clusters.items()}
     there = {}
     for record in whole_lines(path):
         there[Case(**{name: record[name] for name in Case.__dataclass_fields__}), record["description"]] = record
@@ -221,10 +229,10 @@ def run_grid(
             say(i, len(cases), str(case))
             cluster = clusters[case.cluster]
             why = reason(case, cluster, largest)
-            record = there.get((case, digest(cluster)))
+            record = there.get((case, digests[case.cluster]))
             if why is None and record is None:
                 try:
-                    record = survey_case(case, cluster)
+                    record = {**survey_case(case, cluster), "description": digests[case.cluster]}
                     file.write(json.dumps(record) + "\n")
                     file.flush()
                 except ValueError as error:

@@ -21,9 +21,9 @@ def sample(quick: bool) -> list[Case]:
     """Cases in which communication matters: few tokens a rank, several nodes, slow links."""
     if quick:
         return [Case("l40s", "32:8", "causal", 32 << 10, 16)]
-    sizes = ((32 << 10, 8), (64 << 10, 16), (64 << 10, 64), (512 << 10, 64))
+    sizes = ((32 << 10, 8), (64 << 10, 16), (128 << 10, 64))
     made = [Case(c, "32:8", mask, *size) for c, mask, size in product(("h200", "l40s"), MASKS, sizes)]
-    return made + [Case("a100", "32:32", mask, *size) for mask, size in product(MASKS, sizes[:3])]
+    return made + [Case("a100", "32:32", mask, *size) for mask, size in product(MASKS, sizes)]
 
 
 def with_bandwidth(cluster: Cluster, links: str, factor: float) -> Cluster:

@@ -74,17 +74,19 @@ def test_a_survey_goes_on_where_it_was_interrupted(quick, tmp_path, monkeypatch,
 def test_cases_that_cannot_be_are_counted(tmp_path):
     cases = [
         Case("h200", "32:8", "causal", 8, 16),
+        Case("h200", "32:8", "causal", 8 << 10, 512),
         Case("h200", "32:8", "full", 8 << 20, 8192),
         Case("h200", "32:8", "documents", 1 << 20, 64),
     ]
     clusters = [load_cluster(c.cluster) for c in cases]
     assert [reason(case, cluster, 4096).split(",")[0] for case, cluster in zip(cases, clusters, strict=True)] == [
         "more ranks than tokens",
+        "fewer than 128 tokens a rank",
         "more ranks than the cluster has",
         "more than 4096 documents x ranks",
     ]
     records, skipped = run_grid(cases, tmp_path / "cases.jsonl", 4096, lambda *_: None)
-    assert not records and sum(skipped.values()) == 3 and "left out, 1: more ranks than tokens" in summary(records, skipped)
+    assert not records and sum(skipped.values()) == 4 and "left out, 1: more ranks than tokens" in summary(records, skipped)
 
 
 def test_documents_are_those_that_are_stated():
