@@ -11,14 +11,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from distattn.launch.bench_processes import connected
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,22 +113,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def rank_main(rank: int, problem: Problem, folder: str) -> None:
     """One rank: connects, fills its part of the context, measures. Rank 0 writes the figures down."""
-    import torch
-    import torch.distributed as dist
-
-    from distattn.parallel.comm_process import ProcessCommunicator
-
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(folder) / "store"), problem.ranks)
-    limit = timedelta(seconds=problem.timeout)
-    dist.init_process_group("gloo", store=store, timeout=limit, world_size=problem.ranks, rank=rank)
-    communicator = ProcessCommunicator(timeout=problem.timeout)
-    figures = measure(problem, communicator)
-    if rank == 0:
-        (Path(folder) / "figures.json").write_text(json.dumps(figures))
-    communicator.close()
-    dist.destroy_process_group()
+    with connected(rank, problem.ranks, Path(folder), problem.timeout) as communicator:
+        figures = measure(problem, communicator)
+        if rank == 0:
+            (Path(folder) / "figures.json").write_text(json.dumps(figures))
 
 
 class Counting:

@@ -17,14 +17,14 @@ import importlib.metadata
 import importlib.util
 import json
 import math
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from distattn.launch.bench_processes import connected
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -153,22 +153,11 @@ def make_truth(problem: Problem) -> dict[str, Tensor]:
 def rank_main(rank: int, problem: Problem, folder: str) -> None:
     """One rank: connects, computes, measures. Rank 0 writes the figures down."""
     import torch
-    import torch.distributed as dist
 
-    from distattn.parallel.comm_process import ProcessCommunicator
-
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(folder) / "store"), problem.ranks)
-    limit = timedelta(seconds=problem.timeout)
-    dist.init_process_group("gloo", store=store, timeout=limit, world_size=problem.ranks, rank=rank)
-    communicator = ProcessCommunicator(timeout=problem.timeout)
-    truth = torch.load(Path(folder) / "truth.pt", mmap=True)
-    figures = measure(problem, communicator, truth)
-    if rank == 0:
-        (Path(folder) / "figures.json").write_text(json.dumps(figures))
-    communicator.close()
-    dist.destroy_process_group()
+    with connected(rank, problem.ranks, Path(folder), problem.timeout) as communicator:
+        figures = measure(problem, communicator, torch.load(Path(folder) / "truth.pt", mmap=True))
+        if rank == 0:
+            (Path(folder) / "figures.json").write_text(json.dumps(figures))
 
 
 class System(Protocol):
