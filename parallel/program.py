@@ -141,7 +141,7 @@ class Message:
 
 @dataclass(eq=False)
 class Batch:
-    """All that leaves and reaches a rank at one boundary on one lane."""
+    """All that leaves and reaches a rank at one boundary on one lane, and is awaited at one boundary."""
 
     lane: int
     post: int
@@ -322,12 +322,12 @@ def _restored(plan: Plan, buffers: dict[tuple[What, int], Buffer], forward: Prog
 def _batches(
     plan: Plan, shape: Shape, rank: int, packings: dict[tuple[bool, int], Packing], buffers: dict[tuple[What, int], Buffer]
 ) -> list[Batch]:
-    by_batch: dict[tuple[int, int], list[list[int]]] = defaultdict(list)
+    by_batch: dict[tuple[int, int, int], list[list[int]]] = defaultdict(list)
     for row in plan.transfers.tolist():
-        by_batch[row[POST], row[LANE]].append(row)
+        by_batch[row[POST], row[LANE], row[NEED]].append(row)
     batches = []
-    for (post, lane), rows in sorted(by_batch.items()):
-        batch = Batch(lane, post, min(row[NEED] for row in rows))
+    for (post, lane, need), rows in sorted(by_batch.items()):  # what is needed first goes first, on both ends
+        batch = Batch(lane, post, need)
         by_peer: dict[tuple[bool, int], list[list[int]]] = defaultdict(list)
         for row in rows:
             outgoing = row[SRC] == rank

@@ -39,6 +39,7 @@ class _Message:
     ends: tuple[int, int]
     lane: int
     post: int
+    need: int
     size: int
     ports: list[tuple[tuple[int, int], float]]  # (kind and number of a port, seconds in it)
     latency: float
@@ -46,6 +47,11 @@ class _Message:
     start: float = math.inf
     stop: float = math.inf
     done: bool = False
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """What its batch is called on a lane."""
+        return self.post, self.need
 
 
 class SharedCores:
@@ -66,20 +72,18 @@ class SharedCores:
             for _ in range(load.stages + 1):
                 rank.posts.append([])
                 rank.awaits.append([])
-        self.queues: dict[tuple[int, int], list[int]] = {}  # posts of unfinished batches, by (rank, lane), in order
-        self.unfinished: dict[tuple[int, int, int], list[int]] = {}  # messages of a batch (rank, lane, post)
-        self.carried: dict[tuple[int, int, int], tuple[float, int]] = {}  # (begin, bytes) of a batch
+        self.queues: dict[tuple[int, int], list[tuple[int, int]]] = {}  # turns of unfinished batches, by (rank, lane), in order
+        self.unfinished: dict[tuple[int, int, tuple[int, int]], list[int]] = {}  # messages of a batch (rank, lane, turn)
+        self.carried: dict[tuple[int, int, tuple[int, int]], tuple[float, int]] = {}  # (begin, bytes) of a batch
         self.ports: dict[tuple[int, int], float] = {}
-        needs = zip(load.messages.src_need.tolist(), load.messages.dst_need.tolist(), strict=True)
-        for number, (message, need) in enumerate(zip(self.messages, needs, strict=True)):
-            for rank, boundary in zip(message.ends, need, strict=True):
-                self.ranks[rank].posts[message.post].append(number)
-                self.ranks[rank].awaits[boundary].append(number)
-                batch = rank, message.lane, message.post
-                self.unfinished.setdefault(batch, []).append(number)
-                queue = self.queues.setdefault((rank, message.lane), [])
-                if not queue or queue[-1] != message.post:
-                    queue.append(message.post)
+        for number, message in enumerate(self.messages):
+            for end in message.ends:
+                self.ranks[end].posts[message.post].append(number)
+                self.ranks[end].awaits[message.need].append(number)
+                self.unfinished.setdefault((end, message.lane, message.turn), []).append(number)
+                queue = self.queues.setdefault((end, message.lane), [])
+                if not queue or queue[-1] != message.turn:
+                    queue.append(message.turn)
         self.pending: list[int] = []  # posted by both ends, not begun
         self.flying: list[int] = []
         self._run()
@@ -125,13 +129,13 @@ class SharedCores:
             message.done = True
             self.flying.remove(number)
             for end in message.ends:
-                batch = end, message.lane, message.post
+                batch = end, message.lane, message.turn
                 self.unfinished[batch].remove(number)
                 begin, size = self.carried.get(batch, (message.start, 0))
                 self.carried[batch] = min(begin, message.start), size + message.size
                 if self.unfinished[batch]:
                     continue
-                self.queues[end, message.lane].remove(message.post)
+                self.queues[end, message.lane].remove(message.turn)
                 if self.record:
                     self.record(end, message.lane, message.post, self.carried[batch][0], self.now, self.carried[batch][1])
         self._begin_messages()
@@ -139,7 +143,7 @@ class SharedCores:
     def _begin_messages(self) -> None:
         for number in list(self.pending):
             message = self.messages[number]
-            if any(self.queues[end, message.lane][0] != message.post for end in message.ends):
+            if any(self.queues[end, message.lane][0] != message.turn for end in message.ends):
                 continue
             self.pending.remove(number)
             self.flying.append(number)
@@ -195,7 +199,9 @@ class SharedCores:
 def _messages(load: Workload, cluster: Cluster) -> list[_Message]:
     """The messages with the ports on their way."""
     made, m, inside, between = [], load.messages, cluster.inside, cluster.between
-    for src, dst, lane, post, size in zip(*(x.tolist() for x in (m.src, m.dst, m.lane, m.post, m.size)), strict=True):
+    for src, dst, lane, post, need, size in zip(
+        *(x.tolist() for x in (m.src, m.dst, m.lane, m.post, m.need, m.size)), strict=True
+    ):
         nodes = src // cluster.devices, dst // cluster.devices
         near = nodes[0] == nodes[1]
         rates = {(0, src): inside.port_gb_s, (1, dst): inside.port_gb_s}
@@ -209,5 +215,5 @@ def _messages(load: Workload, cluster: Cluster) -> list[_Message]:
                 rates[kind, node * between.nics + end % cluster.devices * between.nics // cluster.devices] = between.nic_gb_s
         latency = inside.latency_us if near or between is None else between.latency_us
         ports = [(port, size / (rate * 1e9)) for port, rate in rates.items()]
-        made.append(_Message((src, dst), lane, post, size, ports, latency * 1e-6))
+        made.append(_Message((src, dst), lane, post, need, size, ports, latency * 1e-6))
     return made

@@ -77,7 +77,8 @@ def transpose(plan: Plan, keep: Keep = "last") -> Plan:
     bound = plan.buffer_bound
     if bound is not None:
         held = np.bincount(kept[:, 0], weights=kept[:, 3] - kept[:, 2], minlength=1).max() if keep == "all" else 0
-        bound = 2 * bound + int(held)
+        early = int(longest[0].max(initial=1) > 1) * int(plan.layout.rows_all.max(initial=0))  # a long hop begins behind another
+        bound = 2 * bound + early + int(held)
     return replace(
         plan,
         direction="backward",
@@ -178,9 +179,10 @@ def _inputs(
     need = stages - 1 - np.where(passed, row[relay, POST], use)
     hop, long_lane = (column[row[:, OWNER]] for column in longest)
     far = ~passed & (hop > 1) & (use >= hop)  # straight from the owner, and it came over the longest hop
+    ahead = np.where(passed, row[relay, NEED] - row[relay, POST], np.where(far, hop, 1))
     lane = np.where(passed, row[relay, LANE], np.where(far, long_lane, row[:, LANE]))
     columns = [np.where(passed, row[relay, DST], row[:, OWNER]), row[:, DST], row[:, OWNER], row[:, WHAT], lane, need]
-    columns.append(np.maximum(need - np.where(far, hop, 1), 0))
+    columns.append(np.maximum(need - ahead, 0))
     group, first = groups(*(c[again] for c in columns))
     src, dst, owner, what, lane, need, post = (c[again][first] for c in columns)
     runs = union(Intervals(group, start[again], stop[again]))

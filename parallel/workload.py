@@ -45,8 +45,7 @@ class Messages:
     dst: np.ndarray
     lane: np.ndarray
     post: np.ndarray
-    src_need: np.ndarray  # the boundary at which the sender awaits its batch
-    dst_need: np.ndarray
+    need: np.ndarray  # the boundary at which both ends await it
     size: np.ndarray  # bytes
 
 
@@ -104,7 +103,7 @@ def of_exchange(exchange: Exchange, cluster: Cluster) -> Workload:
     copy = cluster.host.copy_gb_s * 1e9
     pack[0], unpack[1] = (np.bincount(end, weights=size, minlength=world) / copy for end in (src, dst))
     zero, one = np.zeros_like(src), np.ones_like(src)
-    messages = Messages(src, dst, np.full_like(src, EXCHANGE_LANE), zero, one, one, size)
+    messages = Messages(src, dst, np.full_like(src, EXCHANGE_LANE), zero, one, size)
     return Workload(exchange.name, 1, world, np.zeros(world), np.zeros((1, world)), pack, unpack, messages)
 
 
@@ -138,9 +137,8 @@ def _compute(plan: Plan, shapes: Sequence[Shape], cluster: Cluster) -> np.ndarra
 def _messages(plan: Plan, shapes: Sequence[Shape], cluster: Cluster) -> tuple[Messages, np.ndarray, np.ndarray]:
     """(messages of all slices, seconds of packing, seconds of unpacking)."""
     t, slices, world = plan.transfers, len(shapes), plan.world * len(shapes)
-    number, first = groups(t[:, POST], t[:, LANE], t[:, SRC], t[:, DST])
-    post, lane, src, dst = (t[first, c] for c in (POST, LANE, SRC, DST))
-    src_need, dst_need = _batch_needs(t, number, post, lane, src, dst)
+    number, first = groups(t[:, POST], t[:, LANE], t[:, NEED], t[:, SRC], t[:, DST])
+    post, lane, need, src, dst = (t[first, c] for c in (POST, LANE, NEED, SRC, DST))
     rows = t[:, STOP] - t[:, START]
     per_row = np.array([[shape.row_bytes(what) for what in What] for shape in shapes], dtype=np.int64)
     packed, unpacked = _copies(t, number)
@@ -153,24 +151,13 @@ def _messages(plan: Plan, shapes: Sequence[Shape], cluster: Cluster) -> tuple[Me
         sizes[:, i] = np.bincount(number, weights=size, minlength=len(first))
         at = t[:, POST] * plan.world + t[:, SRC]
         pack[:, i] = np.bincount(at, weights=size * packed / copy, minlength=len(pack))
-        at = dst_need[number] * plan.world + t[:, DST]
+        at = t[:, NEED] * plan.world + t[:, DST]
         unpack[:, i] = np.bincount(at, weights=size * unpacked / copy, minlength=len(pack))
     every = np.arange(slices)
     src, dst = ((x[:, None] * slices + every).ravel() for x in (src, dst))
-    lane, post, src_need, dst_need = (np.repeat(x, slices) for x in (lane, post, src_need, dst_need))
-    messages = Messages(src, dst, lane, post, src_need, dst_need, sizes.astype(np.int64).ravel())
+    lane, post, need = (np.repeat(x, slices) for x in (lane, post, need))
+    messages = Messages(src, dst, lane, post, need, sizes.astype(np.int64).ravel())
     return messages, pack.reshape(plan.stages + 1, world), unpack.reshape(plan.stages + 1, world)
-
-
-def _batch_needs(
-    t: np.ndarray, number: np.ndarray, post: np.ndarray, lane: np.ndarray, src: np.ndarray, dst: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The boundaries at which each message's sender and receiver await their batch: the first that any part of it is needed."""
-    batch, first = groups(np.tile(post, 2), np.tile(lane, 2), np.concatenate([src, dst]))
-    need = np.full(len(first), np.iinfo(np.int64).max)
-    for ends in (batch[: len(post)], batch[len(post) :]):
-        np.minimum.at(need, ends[number], t[:, NEED])
-    return need[batch[: len(post)]], need[batch[len(post) :]]
 
 
 def _copies(t: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

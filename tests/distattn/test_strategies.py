@@ -47,8 +47,8 @@ def fits(strategy: Strategy, world: int, heads: int) -> bool:
 
 
 def placed(strategy: Strategy, world: int) -> Strategy:
-    """Two nodes where there can be."""
-    return replace(strategy, devices=world // 2 if world % 2 == 0 and world > 2 else None)
+    """Nodes of two, so that eight ranks are four nodes; heads are traded inside of a node or among whole nodes."""
+    return replace(strategy, devices=2 if world % 2 == 0 and world > 2 else None)
 
 
 def problem(mask: Mask, heads: tuple[int, int], seed: int) -> list[torch.Tensor]:

@@ -447,3 +447,17 @@ def test_a_rank_or_a_length_that_the_layout_does_not_have_is_refused(schedule):
         schedule(layout, masks.causal(64), rank=8)
     with pytest.raises(ValueError, match="which holds 64 tokens"):
         schedule(layout, masks.causal(63))
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize(("world", "devices"), [(6, 2), (8, 2), (12, 4)])
+def test_double_rings_of_three_nodes_and_more(world, devices, keep):
+    """Keys that are passed on over the long hop are sent again over it, together with others that are needed at other times."""
+    for seed, kind in enumerate(("causal", "sinks", "documents")):
+        mask = make_mask(kind, 16 * world, seed)
+        for layout in ("zigzag", "contiguous"):
+            plan = double_ring(make_layout(layout, mask, world), mask, devices)
+            back = transpose(plan, keep)
+            verify(back)
+            problem = make_problem(mask, torch.float64, d=4, d_v=6, seed=seed)
+            check(on_threads(plan, back, problem, Reference()), exact(problem), 1e-12)

@@ -101,12 +101,13 @@ def test_lanes_are_first_in_first_out(lane: int, rows: int) -> None:
     assert times.seconds == pytest.approx(rows * ROW / 1e9, **EXACT)
 
 
-def test_a_batch_is_awaited_where_its_first_message_is_needed() -> None:
-    """Rank 2 needs nothing before boundary 2, but its batch with rank 1 is the one that rank 1 awaits at boundary 1."""
+def test_what_is_needed_later_is_a_batch_of_its_own() -> None:
+    """Rank 1 awaits 100 rows at boundary 1; 900 that it sends at the same boundary and lane it awaits at the end only."""
     plan = plan_of(3, [[0, 1, 100, 0, 0, 1], [1, 2, 900, 0, 0, 2]], [[1, 1, 1000, 1000]], 2)
     times = simulate(plan, SHAPE, cluster()).forward
-    assert times.waiting[1] == pytest.approx(900 * ROW / 1e9, **EXACT)
-    assert times.finish[1] == pytest.approx(900 * ROW / 1e9 + seconds(1000, 1000), **EXACT)
+    first, other, work = 100 * ROW / 1e9, 900 * ROW / 1e9, seconds(1000, 1000)
+    assert times.finish[1] == pytest.approx(max(first + work, other), **EXACT)
+    assert times.waiting[1] == pytest.approx(first + max(0.0, other - first - work), **EXACT)
 
 
 def test_nodes_and_rails() -> None:
@@ -278,20 +279,17 @@ def one_by_one(plan: Plan, one: Cluster) -> list[float]:
     port_free: dict[tuple[str, int], float] = {}
     for boundary in range(plan.stages + 1):
         now = [max(pair) for pair in zip(now, arrival[boundary], strict=True)]
-        sizes: dict[tuple[int, int, int], int] = {}
-        needs: dict[tuple[int, int], int] = {}
+        sizes: dict[tuple[int, int, int, int], int] = {}
         for src, dst, _, start, stop, what, lane, post, need in t:
             if post == boundary:
                 size = (stop - start) * SHAPE.row_bytes(What(what))
-                sizes[lane, src, dst] = sizes.get((lane, src, dst), 0) + size
-                for rank in (src, dst):
-                    needs[rank, lane] = min(need, needs.get((rank, lane), need))
-        ends = {m: [(m[1], m[0]), (m[2], m[0])] for m in sorted(sizes)}
+                sizes[lane, need, src, dst] = sizes.get((lane, need, src, dst), 0) + size
+        ends = {m: [(m[2], m[0]), (m[3], m[0])] for m in sorted(sizes)}
         begin = {m: max(max(now[r], lane_free.get((r, lane), 0.0)) for r, lane in ends[m]) for m in ends}
         done = dict(begin)
         for kind in ("out", "in", "node", "rail out", "rail in"):
             for m in sorted(ends, key=lambda m: round(begin[m], 10)):
-                _, src, dst = m
+                _, _, src, dst = m
                 inside = src // devices == dst // devices
                 if inside != (not kind.startswith("rail")):
                     continue
@@ -306,13 +304,13 @@ def one_by_one(plan: Plan, one: Cluster) -> list[float]:
                 left = max(begin[m], port_free.get((kind, place), 0.0)) + sizes[m] / (rate * 1e9)
                 port_free[kind, place] = left
                 done[m] = max(done[m], left)
-        for m, (_, src, dst) in zip(ends, ends, strict=True):
+        for m, (_, need, src, dst) in zip(ends, ends, strict=True):
             assert one.between is not None
             near = src // devices == dst // devices
             done[m] += (one.inside.latency_us if near else one.between.latency_us) * 1e-6
             for rank, lane in ends[m]:
                 lane_free[rank, lane] = max(lane_free.get((rank, lane), 0.0), done[m])
-                arrival[needs[rank, lane]][rank] = max(arrival[needs[rank, lane]][rank], done[m])
+                arrival[need][rank] = max(arrival[need][rank], done[m])
         for i in np.flatnonzero(plan.tasks[:, 0] == boundary).tolist():
             table = plan.task(i).bands.table
             columns = areas(table), table[:, 1] - table[:, 0], table[:, 3] - table[:, 2]
