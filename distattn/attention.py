@@ -115,7 +115,11 @@ class ContextParallel:
             )
         strategy = Strategy(schedule) if isinstance(schedule, str) else schedule
         if keep is not None:
-            strategy = replace(strategy, keep=keep)
+            strategy = (
+                Auto(strategy.shape, strategy.cluster, strategy.memory_gb, keep)
+                if isinstance(strategy, Auto)
+                else replace(strategy, keep=keep)
+            )
         if not isinstance(strategy, Auto):
             checked_strategy(strategy, communicator.world if communicator else _size(group))
         self.communicator = communicator or _communicator(group, timeout)

@@ -2,8 +2,8 @@
 
 Candidates are layouts x schedules x Ulysses degrees x parts of a gather. A bound that no simulation can be below comes first:
 kernels at their rate on the busiest rank, and needed rows at the rate of its slowest link. Strategies are then simulated from
-the lowest bound on, but for those that cannot be noticeably faster than the best found so far. The same on every rank: nothing
-is measured here.
+the lowest bound on, at most 16 of them and none that cannot be noticeably faster than the best found so far. The same on every
+rank: nothing is measured here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from distattn.parallel.layout import Layout
 from distattn.parallel.localize import local_bands
 from distattn.parallel.mask import Mask
 from distattn.parallel.plan import What
-from distattn.parallel.price import LOOKED_AT, WHOLE_TREE, Price, exchanges, price, slices_of
+from distattn.parallel.price import WHOLE_TREE, Price, exchanges, looked_at, price, slices_of
 from distattn.parallel.schedules import LAYOUTS, SCHEDULES, checked_strategy, make_layout
 from distattn.parallel.shape import Shape
 from distattn.parallel.strategy import Strategy
@@ -30,6 +30,7 @@ from distattn.parallel.transpose import Keep
 logger = logging.getLogger(__name__)
 
 GATHER_STAGES = (1, 2, 4, 8)
+MOST = 16  # strategies that are simulated unless all are asked for
 NOTICEABLE = 0.02  # of the time; descriptions of clusters are not better than that
 MEMORY_SHARE = 0.25  # of a device for rows of others, where nobody says how much
 
@@ -38,8 +39,8 @@ MEMORY_SHARE = 0.25  # of a device for rows of others, where nobody says how muc
 class Auto:
     """Heads and machines to choose a strategy for: what ``ContextParallel(schedule=...)`` takes instead of a name.
 
-    The first mask of a kind (its name, which holds its options, and its length) decides for all of that kind: packed documents
-    differ from step to step, and are not priced anew. Every rank comes to the same choice without asking the others.
+    The first packed documents of a length decide for all of that length and options: they differ from step to step, and are not
+    priced anew. Other masks are priced one by one. Every rank comes to the same choice without asking the others.
 
     Args:
         shape: of the attention calls, all heads.
@@ -58,7 +59,10 @@ class Auto:
         Raises:
             ValueError: see :func:`decide`.
         """
-        kind = mask.name, mask.n_tokens, world
+        if mask.n_tokens < world:
+            return Strategy(keep=self.keep)  # a prompt of a few tokens: nothing to gain
+        options = mask.name.partition(",")[2]  # of documents(COUNT, options)
+        kind = (f"documents,{options}" if mask.lengths is not None else mask.digest.hex()), mask.n_tokens, world
         if kind not in self._chosen:
             best = decide(mask, world, self.shape, self.cluster, self.memory_gb, self.keep).best
             self._chosen[kind] = best.strategy
@@ -99,7 +103,7 @@ def decide(
 
     Args:
         memory_gb: what rows of other ranks may take on a device, 1e9 bytes; None: a quarter of its memory.
-        noticeable: part of the time by which another strategy must be able to win to be simulated; None: all are.
+        noticeable: part of the time by which another strategy must be able to win to be simulated; None: all are simulated.
         say: told about each strategy that is simulated.
 
     Raises:
@@ -116,10 +120,10 @@ def decide(
     priced: list[tuple[Strategy, float, Price]] = []
     rest: list[tuple[Strategy, float]] = []
     for bound, _, strategy in bounded:
-        if best is not None and noticeable is not None and bound >= (1 - noticeable) * best.seconds:
+        if best is not None and noticeable is not None and (bound >= (1 - noticeable) * best.seconds or len(priced) >= MOST):
             rest.append((strategy, bound))
             continue
-        found = price(strategy, mask, world, shape, cluster)
+        found = price(strategy, mask, world, shape, cluster, compile_below=best.seconds if best else np.inf)
         priced.append((strategy, bound, found))
         if say is not None:
             say(f"{strategy}: {found.seconds * 1e3:.3g} ms")
@@ -184,16 +188,20 @@ class _Sample:
     """Seconds that some ranks of a layout cannot do without, forward and backward; float64 [sampled]."""
 
     compute: tuple[np.ndarray, np.ndarray]
+    compute_by_keys: tuple[np.ndarray, np.ndarray]  # where the owner of the keys computes
     keys: tuple[np.ndarray, np.ndarray]  # needed key rows on links between nodes
     queries: tuple[np.ndarray, np.ndarray]  # foreign query rows that see own keys, and what they bring home, at the port
+    turns: bool  # a ring's backward pass may move queries instead
     devices: int  # that may share these rows, of a double ring
     exchange: float
 
     def bound(self, schedule: str) -> float:
         """Of one strategy on this layout."""
-        links = self.queries if schedule == "tree" else self.keys
+        work, links = (self.compute_by_keys, self.queries) if schedule == "tree" else (self.compute, self.keys)
         shared = 1 / self.devices if schedule == "double_ring" else 1.0
-        passes = [np.maximum(work, shared * rows).max(initial=0.0) for work, rows in zip(self.compute, links, strict=True)]
+        if self.turns and SCHEDULES[schedule].turned is not None:
+            links = links[0], np.zeros_like(links[1])
+        passes = [np.maximum(busy, shared * rows).max(initial=0.0) for busy, rows in zip(work, links, strict=True)]
         return float(sum(passes)) + self.exchange
 
 
@@ -201,35 +209,48 @@ def _look(strategy: Strategy, mask: Mask, world: int, shape: Shape, cluster: Clu
     u = strategy.ulysses
     layout, inner = make_layout(strategy, mask, world)
     part = slices_of(shape, u)[0]
-    ranks = np.unique(np.linspace(0, inner.world - 1, min(inner.world, LOOKED_AT)).astype(np.int64))
+    ranks = looked_at(mask, inner)
     here, there = (x.ravel() for x in np.meshgrid(np.arange(len(ranks)), np.arange(inner.world), indexing="ij"))
     table, pair = local_bands(mask, inner, ranks[here], there)
-    seconds = []
-    for direction in ("forward", "backward"):
-        of_band = cluster.task_seconds(
-            areas(table), table[:, Q1] - table[:, Q0], table[:, K1] - table[:, K0], part, direction, pair
-        )
-        seconds.append(np.bincount(here[pair], weights=of_band, minlength=len(ranks)))
-    queries = _rows_at_ports(mask, inner, ranks, part, cluster)
+    seconds = _kernel_seconds(table, pair, here, part, cluster)
+    nothing = np.zeros(len(ranks)), np.zeros(len(ranks))
+    grows = inner.world <= WHOLE_TREE
+    by_keys, queries = _as_a_tree(mask, inner, ranks, part, cluster) if grows else (nothing, nothing)
     far = ranks[here] * u // cluster.devices != there * u // cluster.devices
     runs = union(Intervals(pair[far[pair]], table[far[pair], K0], table[far[pair], K1]))
     rows = np.bincount(here[runs.key], weights=runs.rows, minlength=len(ranks))
     rate = cluster.between.nic_gb_s * 1e9 if cluster.between else np.inf
-    back = min(part.row_bytes(What.DKV), sum(part.row_bytes(w) for w in (What.Q, What.DOUT, What.DQ)))
-    links = rows * part.row_bytes(What.KV) / rate, rows * back / rate
-    return _Sample((seconds[0], seconds[1]), links, queries, max(1, cluster.devices // u), _exchange(layout, u, shape, cluster))
+    links = rows * part.row_bytes(What.KV) / rate, rows * part.row_bytes(What.DKV) / rate
+    q = sum(part.row_bytes(what) for what in (What.Q, What.DOUT, What.DQ))
+    turns = q < part.row_bytes(What.KV) + part.row_bytes(What.DKV)
+    return _Sample(seconds, by_keys, links, queries, turns, max(1, cluster.devices // u), _exchange(layout, u, shape, cluster))
 
 
-def _rows_at_ports(mask: Mask, inner: Layout, ranks: np.ndarray, part: Shape, cluster: Cluster) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds in which queries come to the sampled ranks and gradients to those, were all at the fastest link."""
+def _kernel_seconds(
+    table: np.ndarray, pair: np.ndarray, here: np.ndarray, part: Shape, cluster: Cluster
+) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of kernels of each sampled rank, forward and backward; bands of a pair of shards are one launch."""
+    sides = areas(table), table[:, Q1] - table[:, Q0], table[:, K1] - table[:, K0]
+    forward, backward = (
+        np.bincount(here[pair], weights=cluster.task_seconds(*sides, part, direction, pair), minlength=int(here.max()) + 1)
+        for direction in ("forward", "backward")
+    )
+    return forward, backward
+
+
+def _as_a_tree(
+    mask: Mask, inner: Layout, ranks: np.ndarray, part: Shape, cluster: Cluster
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Seconds of the owners of keys: of kernels, and in which queries come and gradients go were all at the fastest link."""
     there, here = (x.ravel() for x in np.meshgrid(np.arange(inner.world), np.arange(len(ranks)), indexing="ij"))
     table, pair = local_bands(mask, inner, there, ranks[here])
+    seconds = _kernel_seconds(table, pair, here, part, cluster)
     foreign = (there != ranks[here])[pair]
     runs = union(Intervals(pair[foreign], table[foreign, Q0], table[foreign, Q1]))
     rows = np.bincount(here[runs.key], weights=runs.rows, minlength=len(ranks))
     rate = max(cluster.inside.port_gb_s, cluster.between.nic_gb_s if cluster.between else 0.0) * 1e9
-    back = part.row_bytes(What.DQ), part.row_bytes(What.Q) + part.row_bytes(What.DOUT)
-    return rows * max(part.row_bytes(What.Q), part.row_bytes(What.OUT)) / rate, rows * max(back) / rate
+    back = max(part.row_bytes(What.DQ), part.row_bytes(What.DOUT))
+    return seconds, (rows * max(part.row_bytes(What.Q), part.row_bytes(What.OUT)) / rate, rows * back / rate)
 
 
 def _exchange(layout: Layout, ulysses: int, shape: Shape, cluster: Cluster) -> float:

@@ -15,8 +15,8 @@ class GroupView:
     """The ranks ``part, part + parts, part + 2 * parts, ...`` of ``parent``, where ``part`` is its rank modulo ``parts``.
 
     Messages travel on the lanes of the parent: ranks of different groups share no pair (sender, receiver), so their messages
-    cannot meet. Errors name ranks of the parent. Gathers of bytes are collectives of all the parent's ranks: all groups must
-    come to them equally often.
+    cannot meet. Errors name ranks of the parent; what a plan says of its own ranks is marked as such. Gathers of bytes are
+    collectives of all the parent's ranks: all groups must come to them equally often.
 
     Args:
         parent: of all ranks.
@@ -29,10 +29,14 @@ class GroupView:
         self.part = parent.rank % parts
         self.rank, self.world = parent.rank // parts, parent.world // parts
         self.lanes, self.timeout = parent.lanes, parent.timeout
+        self._told: dict[str, str] = {}
 
     def post(self, lane: int, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], awaited: Awaited) -> Pending:
         outer = [[(self._outer(peer), tensor) for peer, tensor in side] for side in (sends, receives)]
-        return self.parent.post(lane, outer[0], outer[1], awaited)
+        if awaited.detail not in self._told:
+            said = f"{awaited.detail}; counted among the ranks that share heads: its rank r is rank {self.parts} r + {self.part}"
+            self._told[awaited.detail] = said if awaited.detail else ""
+        return self.parent.post(lane, outer[0], outer[1], awaited._replace(detail=self._told[awaited.detail]))
 
     def all_gather_bytes(self, payload: bytes) -> list[bytes]:
         return self.parent.all_gather_bytes(payload)[self.part :: self.parts]

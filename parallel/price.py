@@ -1,11 +1,13 @@
 """What a strategy costs on a cluster, in seconds and bytes: a whole schedule simulated, or some of its ranks.
 
-Plans of many ranks are priced by the views of a few: the ranks with the most work and those at the border of a node, which
-use the slow links. The others are taken to be ready whenever one of these is, so that their own waiting is left out.
+Plans of more than 64 ranks are priced by the views of a few: the rank with the most work and those at the borders of its node,
+which use the slow links (its whole node, where devices share links). The others are taken to be ready whenever one of these
+is, so that what they wait for themselves is left out: a chain that is slow elsewhere looks faster than it is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,14 +23,15 @@ from distattn.parallel.plan import DST, SRC, STAGE, START, STOP, WHAT, Plan, Wha
 from distattn.parallel.schedule import Rotation, make_schedule
 from distattn.parallel.schedules import make_layout
 from distattn.parallel.shape import Shape
-from distattn.parallel.simulate import PassTimes, simulate_pass
+from distattn.parallel.simulate import PassTimes, peak_buffer_bytes, simulate_pass
 from distattn.parallel.statistics import peak_buffer_rows
 from distattn.parallel.strategy import Strategy
 from distattn.parallel.workload import Exchange
 
-WHOLE = 16  # ranks of a plan up to which all of them are simulated
+WHOLE = 64  # ranks of a plan up to which all of them are simulated
 WHOLE_TREE = 128  # of a tree, whose ranks wait for each other's turns: a few of them do not stand for all
-LOOKED_AT = 16  # ranks whose work is counted to find the busiest of a larger plan
+LOOKED_AT = 16  # ranks whose work is counted to find the busiest of a larger plan, fewer where they meet many bands
+MEETINGS = 1 << 19  # of bands with pairs of ranks that are worth looking at; ranks that have part in all documents are alike
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,10 @@ class Price:
         forward, backward: seconds of attention with its head exchanges, until the last rank is done.
         exposed: seconds of both in which the rank that lasts longest waited for what was on its way.
         balance: mask area of the busiest rank over the mean.
-        bytes_inside, bytes_between: that the rank which sends most sends to its node and to others, both passes.
-        buffer_bytes: foreign rows that a rank holds at once, the largest rank's.
+        bytes_inside, bytes_between: the most that a rank sends to its node, and the most that one sends to others, both passes.
+        buffer_bytes: what the executor and the head exchange allocate for rows of others on the rank that holds most rows:
+            buffers, messages, and what stays for the backward pass (buffers only, where the programs were not compiled).
+        rotation: what the backward pass moves. Slices of the heads are all priced with that of the first, a largest one.
         simulated: ranks of the world that were; all of them, or a sample.
     """
 
@@ -86,22 +91,46 @@ def exchanges(layout: Layout, ulysses: int, shape: Shape) -> tuple[list[Exchange
     return made[:2], made[2:]
 
 
-def sample_of(mask: Mask, layout: Layout, devices: int) -> tuple[list[int], float]:
-    """(inner ranks to simulate, mask area of the busiest looked-at rank over the mean)."""
+def looked_at(mask: Mask, layout: Layout) -> np.ndarray:
+    """Ranks from the first to the last whose work is counted, int64."""
+    of_each = max(len(layout.seg_rank), len(mask.bands))  # about the meetings of one rank's bands with all ranks
+    count = min(layout.world, LOOKED_AT, max(2, MEETINGS // max(1, of_each)))
+    return np.unique(np.linspace(0, layout.world - 1, count).astype(np.int64))
+
+
+def sample_of(mask: Mask, layout: Layout, devices: int, shared: bool, by_keys: bool = False) -> tuple[list[int], float]:
+    """(inner ranks to simulate, mask area of the busiest looked-at rank over the mean).
+
+    Args:
+        shared: whether the devices of a node share links: then all of the busiest rank's node are simulated.
+        by_keys: whether the owner of the keys computes.
+    """
     world = layout.world
-    looked = np.arange(world) if world <= LOOKED_AT else np.unique(np.linspace(0, world - 1, LOOKED_AT).astype(np.int64))
+    looked = looked_at(mask, layout)
     here, there = (x.ravel() for x in np.meshgrid(looked, np.arange(world), indexing="ij"))
-    table, pair = local_bands(mask, layout, here, there)
+    table, pair = local_bands(mask, layout, there, here) if by_keys else local_bands(mask, layout, here, there)
     work = np.bincount(pair // world, weights=areas(table), minlength=len(looked))
     mean = mask.bands.area / world
     balance = float(work.max() / mean) if mean else 1.0
     busiest = int(looked[work.argmax()])
     node = busiest // devices * devices
-    return sorted({node, busiest, min(node + devices, world) - 1}), balance
+    last = min(node + devices, world) - 1
+    return list(range(node, last + 1)) if shared else sorted({node, busiest, last}), balance
 
 
-def price(strategy: Strategy, mask: Mask, world: int, shape: Shape, cluster: Cluster, timeline: bool = False) -> Price:
+def price(
+    strategy: Strategy,
+    mask: Mask,
+    world: int,
+    shape: Shape,
+    cluster: Cluster,
+    timeline: bool = False,
+    compile_below: float = math.inf,
+) -> Price:
     """Simulates a strategy.
+
+    Args:
+        compile_below: seconds; of what lasts longer the memory is counted in rows, without messages and the map of memory.
 
     Raises:
         ValueError: options that do not fit the world, heads that cannot be shared, a cluster that is too small.
@@ -112,7 +141,8 @@ def price(strategy: Strategy, mask: Mask, world: int, shape: Shape, cluster: Clu
     whole = make_schedule(strategy, mask, world) if world // u <= most else None
     layout, inner = (whole.layout, whole.inner) if whole else make_layout(strategy, mask, world)
     devices = max(1, cluster.devices // u)
-    sample, balance = sample_of(mask, inner, devices)
+    shared = cluster.inside.shared_gb_s is not None or bool(cluster.between and cluster.between.nics < cluster.devices)
+    sample, balance = sample_of(mask, inner, devices, shared, by_keys=strategy.schedule == "tree")
     sample = list(range(inner.world)) if whole else sample
     made = [whole] if whole else [make_schedule(strategy, mask, world, rank=rank * u) for rank in sample]
     rotation = made[0].rotation(shapes[0])
@@ -123,7 +153,11 @@ def price(strategy: Strategy, mask: Mask, world: int, shape: Shape, cluster: Clu
         simulate_pass([*trades[:1], plan, *trades[1:]], shapes, cluster, timeline)
         for plan, trades in zip(plans, around, strict=True)
     )
-    held = max(int(peak_buffer_rows(plan, _row_bytes(shapes[0])).max(initial=0)) for plan in plans)
+    if forward.seconds + backward.seconds < compile_below:
+        held = peak_buffer_bytes(plans[0], shapes[0], plans[1], 8 if whole else 2)
+    else:
+        held = max(int(peak_buffer_rows(plan, _row_bytes(shapes[0])).max(initial=0)) for plan in plans)
+    held += _exchange_bytes(around, u)
     last = int(np.argmax(forward.finish + backward.finish))
     inside, between = _bytes_sent(plans, around, shapes[0], cluster, np.array(sample), u)
     return Price(
@@ -138,6 +172,22 @@ def price(strategy: Strategy, mask: Mask, world: int, shape: Shape, cluster: Clu
         simulated=[rank * u + i for rank in sample for i in range(u)],
         rotation=rotation,
     )
+
+
+def _exchange_bytes(around: Sequence[Sequence[Exchange]], ulysses: int) -> int:
+    """Bytes of the head exchanges on one rank: inputs that arrived and stay, and the largest exchange on its way, both ends."""
+    if ulysses == 1:
+        return 0
+    arrived = [_arriving(e.sizes, ulysses) for pair in around for e in pair]
+    largest = np.max(
+        [e.sizes.sum(1) + come for e, come in zip((e for pair in around for e in pair), arrived, strict=True)], axis=0
+    )
+    return int((arrived[0] + largest).max())
+
+
+def _arriving(sizes: np.ndarray, ulysses: int) -> np.ndarray:
+    """Bytes that reach each rank of an exchange, its own among them; int64 [P]."""
+    return sizes.reshape(-1, ulysses, ulysses).sum(1).ravel()
 
 
 def _row_bytes(shape: Shape) -> np.ndarray:

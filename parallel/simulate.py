@@ -256,13 +256,20 @@ def _ends_by_boundary(messages: Messages, load: Workload) -> np.ndarray:
     return np.bincount(post * load.world + end, minlength=size).reshape(load.stages + 1, load.world)
 
 
-def peak_buffer_bytes(forward: Plan, shape: Shape, backward: Plan | None = None) -> int:
-    """Bytes that the executor allocates for foreign rows and messages on the rank that holds most rows; kept keys included.
+def peak_buffer_bytes(forward: Plan, shape: Shape, backward: Plan | None = None, ranks: int = 8) -> int:
+    """Bytes that the executor allocates for foreign rows and messages on the rank that needs most; kept keys included.
 
-    Exact for that rank: its programs are compiled. Costs what compiling one rank's view costs.
+    Programs are compiled for the ``ranks`` that hold most foreign rows at once, in bytes: exact where the one that needs most is
+    among them. Costs what compiling that many views costs.
     """
     plans = [forward] if backward is None else [forward, backward]
-    rank = int(np.argmax(np.max([peak_buffer_rows(plan) for plan in plans], axis=0)))
+    weights = np.array([shape.row_bytes(what) for what in What], dtype=np.int64)
+    rows = np.max([peak_buffer_rows(plan, weights) for plan in plans], axis=0)
+    most = np.argsort(-rows, kind="stable")[:ranks]
+    return max(_allocated(forward, shape, backward, int(rank)) for rank in most[rows[most] > 0]) if rows.any() else 0
+
+
+def _allocated(forward: Plan, shape: Shape, backward: Plan | None, rank: int) -> int:
     back = None if backward is None else backward.view(rank)
     keep = set() if back is None else {(What(what), owner) for _, owner, _, _, what in back.kept.tolist()}
     programs: list[Program] = [compile_program(forward.view(rank), shape, keep)]

@@ -112,6 +112,11 @@ def checked_strategy(strategy: Strategy | str, world: int) -> Strategy:
         value = getattr(s, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name} must be a whole number of 1 or more. Found {value!r}.")
+    for name, takers in (("stages", ("gather",)), ("in_flight", ("tree",))):
+        if getattr(s, name) is not None and s.schedule not in takers:
+            raise ValueError(f"{name} is an option of {', '.join(takers)}; {s.schedule} has none. Leave it out.")
+    if s.layout is not None and s.schedule in LAYOUTS and s.layout != s.schedule:
+        raise ValueError(f"{s.schedule} is a ring on the {s.schedule} layout. For a ring on {s.layout}, ask for schedule 'ring'.")
     if world % s.ulysses:
         raise ValueError(
             f"ulysses={s.ulysses} does not divide the {world} ranks of the group. Use one of {_divisors(world)}: "

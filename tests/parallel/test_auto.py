@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from distattn.attention import ContextParallel
+from distattn.kernels.bands import Band
 from distattn.parallel import mask as masks
 from distattn.parallel import price as pricing
 from distattn.parallel.auto import NOTICEABLE, Auto, candidates, decide
 from distattn.parallel.cluster import load_cluster
 from distattn.parallel.comm_threads import run_ranks
 from distattn.parallel.mask import Mask
-from distattn.parallel.price import price
+from distattn.parallel.price import price, slices_of
 from distattn.parallel.schedule import make_schedule
 from distattn.parallel.shape import Shape
 from distattn.parallel.statistics import schedule_bytes
@@ -27,7 +28,13 @@ def packed(n: int, mean: int, seed: int = 0) -> Mask:
     return masks.documents(np.diff([0, *cuts, n]).tolist())
 
 
+def few_queries(n: int) -> Mask:
+    """The last 64 positions look at all: what trees are for."""
+    return masks.from_bands(n, [Band(n - 64, n, 0, n, hi=0)])
+
+
 CASES = [
+    (few_queries(1 << 16), 16, MHA, "h100"),
     (masks.causal(1 << 17), 8, GQA, "h200"),
     (masks.causal(1 << 16), 16, MHA, "l40s"),
     (packed(1 << 16, 4096), 16, GQA, "h100"),
@@ -68,6 +75,7 @@ def test_the_choice_is_the_best_of_all_within_what_is_noticeable(mask, world, sh
 def test_a_few_ranks_stand_for_all_of_a_large_plan(monkeypatch, strategy, tolerance, make):
     """32 ranks on four nodes, all of them and some of them."""
     mask, cluster = make(1 << 17), load_cluster("h100")
+    monkeypatch.setattr(pricing, "WHOLE", 16)
     sampled = price(strategy, mask, 32, GQA, cluster)
     monkeypatch.setattr(pricing, "WHOLE", 32)
     whole = price(strategy, mask, 32, GQA, cluster)
@@ -90,6 +98,43 @@ def test_bytes_are_those_that_the_statistics_count(strategy):
     members = np.array(found.simulated)[:: strategy.ulysses]
     assert (found.bytes_inside, found.bytes_between) == (sent[0][members].max(), sent[1][members].max())
     assert found.forward.bytes_inside + found.forward.bytes_between == forward.sum()
+
+
+@pytest.mark.parametrize(
+    "strategy", [Strategy("zigzag"), Strategy("zigzag", ulysses=4), Strategy("gather", stages=2), Strategy("tree")]
+)
+def test_memory_is_no_less_than_a_run_allocates(strategy):
+    """Workspace, kept rows and the exchanged inputs that stay, on the rank that has most of them."""
+    shape, mask, cluster = Shape(8, 4, 16, 16, torch.float32), masks.causal(256), load_cluster("l40s")
+
+    def work(communicator):
+        cp = ContextParallel(schedule=strategy, communicator=communicator)
+        plan = cp.plan(mask)
+        q, k, v = (torch.zeros(plan.rows, h, 16, requires_grad=True) for h in (8, 4, 4))
+        out = cp.attention(q, k, v, plan)
+        saved = 0 if strategy.ulysses == 1 else sum(x.nbytes for x in (q, k, v))  # as many bytes as were given away
+        out.sum().backward()
+        held = sum(x.nbytes for x in plan.session.executor._workspace.values())
+        shape_of_rank = slices_of(shape, strategy.ulysses)[communicator.rank % strategy.ulysses]
+        programs = plan.rank_plan._programs[shape_of_rank]
+        return held + programs[0].kept_bytes + saved
+
+    allocated = max(run_ranks(8, work, timeout=60.0))
+    found = price(strategy, mask, 8, shape, cluster).buffer_bytes
+    assert allocated <= found <= (1.02 if strategy.ulysses == 1 else 2.5) * allocated
+
+
+def test_choices_of_one_kind_are_made_once_and_no_other_mask_is_of_that_kind():
+    auto = Auto(GQA, load_cluster("h100"))
+    auto.choose(masks.documents([1000, 24, 3072]), 8)
+    auto.choose(masks.documents([4000, 96]), 8)
+    assert len(auto._chosen) == 1
+    auto.choose(masks.documents([4000, 96], window=64), 8)
+    auto.choose(masks.from_bands(4096, [Band(0, 4096, 0, 4096, lo=-128, hi=0)]), 8)
+    auto.choose(masks.from_bands(4096, [Band(0, 4096, 0, 4096)]), 8)
+    assert len(auto._chosen) == 4
+    cp = ContextParallel(schedule=auto, keep="none")
+    assert cp.strategy.keep == "none" and not cp.strategy._chosen and cp.strategy.shape == auto.shape
 
 
 def test_a_rotated_backward_pass_is_priced_by_its_bytes():
