@@ -85,24 +85,19 @@ class Bench:
         return partial(backend.backward, dout, q, k, v, torch.zeros_like(lse), lse, bands, scores, *sums)
 
     def seconds(self, work: Callable[[], Any]) -> float:
-        """The fastest of some rounds, after one that does not count: what disturbs a kernel makes it slower, never faster.
-
-        On one thread of a CPU that thread's own time, so that other programs do not count.
-        """
-        alone = self.device.type == "cpu" and torch.get_num_threads() == 1
-        clock = time.thread_time if alone else time.perf_counter
+        """The median of some rounds, after one that does not count. The machine should do nothing else."""
         work()
         rounds = []
         for _ in range(self.grid.rounds):
             self._synchronize()
-            count, start = 0, clock()
-            while clock() - start < self.grid.round_seconds or not count:
-                for _ in range(1 if alone else 8):
+            count, start = 0, time.perf_counter()
+            while time.perf_counter() - start < self.grid.round_seconds or not count:
+                for _ in range(1 if self.device.type == "cpu" else 8):
                     work()
                     count += 1
                 self._synchronize()
-            rounds.append((clock() - start) / count)
-        return min(rounds)
+            rounds.append((time.perf_counter() - start) / count)
+        return statistics.median(rounds)
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
