@@ -307,6 +307,11 @@ def check_parallel(config: Config, world_size: int) -> None:
             "parallel.schedule=auto prices schedules on a described cluster. Set parallel.cluster to a name or to a file that "
             "launch/calibrate.py wrote."
         )
+    if parallel.schedule == "auto":
+        default = ParallelConfig()
+        for name in ("layout", "ulysses", "node_devices", "stages", "in_flight", "rotate"):
+            if getattr(parallel, name) != getattr(default, name):
+                raise ValueError(f"parallel.{name}={getattr(parallel, name)} is chosen by parallel.schedule=auto. Leave it out.")
     _one_of("parallel.layout", parallel.layout, ("", *LAYOUTS))
     _one_of("parallel.rotate", parallel.rotate, ROTATE)
     _one_of("parallel.keep", parallel.keep, KEEP)

@@ -114,6 +114,17 @@ def test_the_defaults_are_valid_but_for_the_data() -> None:
     check(config, 1)
 
 
+@pytest.mark.parametrize(("name", "value"), [("layout", "zigzag"), ("ulysses", 2), ("stages", 3), ("rotate", "q")])
+def test_auto_leaves_nothing_to_choose(name: str, value: object) -> None:
+    config = Config()
+    config.data.path = "somewhere"
+    config.parallel.schedule, config.parallel.cluster = "auto", "h100"
+    check(config, 2)
+    setattr(config.parallel, name, value)
+    with pytest.raises(ValueError, match=f"parallel.{name}={value} is chosen by parallel.schedule=auto"):
+        check(config, 2)
+
+
 def test_schedules_are_those_that_there_are() -> None:
     from distattn.parallel.schedules import SCHEDULES as known
 
