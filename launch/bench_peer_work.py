@@ -56,7 +56,7 @@ class LocalWork:
         if owner == self.rank:
             return positions
         packing = program.buffers[what, owner].packing
-        return torch.cat([positions[start:stop] for start, stop in zip(packing.start, packing.stop, strict=True)])
+        return torch.cat([positions[start:stop] for (_, start), stop in zip(packing.start, packing.stop, strict=True)])
 
     def run(self, backward: bool) -> dict[str, list[tuple[Tensor, Tensor]]]:
         """A forward pass, and a backward pass: (global positions, rows) of "out", and of the parts of "dq", "dk" and "dv"."""

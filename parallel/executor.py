@@ -246,8 +246,8 @@ class Executor:
             memory = kept[old.stretch.place : old.stretch.place + old.stretch.size]
             for source, target in zip((part.view(memory) for part in old.parts), bound.tensors[id(new)], strict=True):
                 target.zero_()  # rows that are still to come may be loaded with their tile
-                for start, stop in zip(old.packing.start, old.packing.stop, strict=True):
-                    a, b = old.packing.row(start, stop), new.packing.row(start, stop)
+                for (owner, start), stop in zip(old.packing.start, old.packing.stop, strict=True):
+                    a, b = old.packing.row(owner, start, stop), new.packing.row(owner, start, stop)
                     target[b : b + stop - start].copy_(source[a : a + stop - start])
 
 

@@ -31,10 +31,16 @@ class What(IntEnum):
     OUT = 3  # partial (o, lse), merged by the receiver
     DQ = 4  # partial gradient of the queries
     DKV = 5  # partial gradients of keys and values
+    DONE = 6  # (o, lse) of rows that one rank finished alone: o travels in the output dtype; stored as OUT at both ends
 
     @property
     def is_sum(self) -> bool:
         return self >= What.OUT
+
+    @property
+    def stored(self) -> What:
+        """The kind of buffer that holds it."""
+        return What.OUT if self == What.DONE else self
 
     @property
     def is_key_side(self) -> bool:
@@ -46,6 +52,7 @@ STAGE, RANK, Q_OWNER, Q_START, Q_STOP, KV_OWNER, KV_START, KV_STOP = range(8)
 TRANSFER = ("src", "dst", "owner", "start", "stop", "what", "lane", "post", "need")
 SRC, DST, OWNER, START, STOP, WHAT, LANE, POST, NEED = range(9)
 HOME_LANE = 2  # what goes home: partial results and gradients; 0 is the inner ring's, 1 the outer ring's, 3 the head exchange's
+POOL = -1  # in the place of an owner: the foreign rows of all owners, which a pooled plan stores together
 KEPT = ("rank", "owner", "start", "stop", "what")  # runs that a backward plan finds on its ranks from the forward pass
 
 
@@ -101,7 +108,9 @@ class Plan:
         transfers: int64 [t, 9], columns ``TRANSFER``; both ends of a lane take theirs in this order.
         kept: int64 [k, 5], columns ``KEPT``. Empty in forward plans.
         buffer_bound: rows of foreign data that a rank holds at most at any time, as the schedule states it; verified.
-        quiet: last stages of a forward plan in which nobody computes: partial results are on their way home.
+        quiet: last stages of a forward plan in which nobody works on rows of others: partial results are on their way home.
+        pooled: a rank stores the foreign rows of a kind in one buffer, whoever owns them, so that all tasks of a stage run in at
+            most four launches: own or foreign queries on own or foreign keys. Else a buffer and launches for each owner.
         bands_of: the one rank whose tasks have their bands, where a schedule was asked for no more; None: all have.
     """
 
@@ -118,6 +127,7 @@ class Plan:
     buffer_bound: int | None = None
     rank: int | None = None
     quiet: int = 0
+    pooled: bool = False
     bands_of: int | None = None
 
     @property
@@ -139,6 +149,14 @@ class Plan:
     def iter_transfers(self) -> Iterator[Transfer]:
         return (self.transfer(i) for i in range(len(self.transfers)))
 
+    def stores(self, rank: np.ndarray, owner: np.ndarray) -> np.ndarray:
+        """Whose buffers on ``rank`` the rows of ``owner`` are in: its own tensors, the owner's, or those of the ``POOL``."""
+        return np.where(rank == owner, owner, POOL) if self.pooled else owner
+
+    def store(self, owner: int) -> int:
+        """The same in the view of one rank."""
+        return POOL if self.pooled and owner != self.rank else owner
+
     @cached_property
     def task_of_band(self) -> np.ndarray:
         """int64 [m]: the task that each band belongs to."""
@@ -148,7 +166,7 @@ class Plan:
     def digest(self) -> bytes:
         """16 bytes that name all of the plan's content; equal on every machine."""
         h = hashlib.blake2b(digest_size=16)
-        h.update(f"{self.direction}:{self.stages}:{self.rank}".encode())
+        h.update(f"{self.direction}:{self.stages}:{self.rank}:{self.pooled}".encode())
         for part in (self.tasks, self.band_ptr, self.bands, self.transfers, self.kept):
             h.update(np.int64(len(part)).tobytes())
             h.update(np.ascontiguousarray(part).astype("<i8").tobytes())

@@ -24,6 +24,7 @@ from distattn.parallel.plan import (
     LANE,
     NEED,
     OWNER,
+    POOL,
     POST,
     Q_OWNER,
     RANK,
@@ -40,25 +41,26 @@ from distattn.parallel.shape import ALIGNMENT, Shape
 
 @dataclass(frozen=True)
 class Packing:
-    """Which rows of an owner's shard a rank holds, one maximal run after the other without gaps."""
+    """Which rows of its owners' shards a buffer holds, one maximal run after the other without gaps."""
 
-    start: tuple[int, ...]
+    start: tuple[tuple[int, int], ...]  # (owner, row)
     stop: tuple[int, ...]
     offset: tuple[int, ...]
     rows: int
 
     @classmethod
-    def of(cls, starts: np.ndarray, stops: np.ndarray) -> Packing:
-        runs = union(Intervals(np.zeros_like(starts), starts, stops))
+    def of(cls, owners: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Packing:
+        runs = union(Intervals(owners, starts, stops))
         offset = np.concatenate([[0], np.cumsum(runs.rows)])
-        start, stop, begin = (tuple(int(x) for x in column) for column in (runs.start, runs.stop, offset[:-1]))
-        return cls(start, stop, begin, int(offset[-1]))
+        owner, start, stop, begin = (column.tolist() for column in (runs.key, runs.start, runs.stop, offset))
+        return cls(tuple(zip(owner, start, strict=True)), tuple(stop), tuple(begin[:-1]), begin[-1])
 
-    def row(self, start: int, stop: int) -> int:
+    def row(self, owner: int, start: int, stop: int) -> int:
         """Where rows [start, stop) of the owner's shard begin in the packed buffer."""
-        run = bisect_right(self.start, start) - 1
-        assert run >= 0 and stop <= self.stop[run], f"rows [{start}, {stop}) are not held"
-        return self.offset[run] + start - self.start[run]
+        run = bisect_right(self.start, (owner, start)) - 1
+        found = run >= 0 and self.start[run][0] == owner and stop <= self.stop[run]
+        assert found, f"rows [{start}, {stop}) of rank {owner} are not held"
+        return self.offset[run] + start - self.start[run][1]
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Stretch:
 
 @dataclass(eq=False)
 class Buffer:
-    """Rows of a foreign owner: received inputs, or sums on their way home. ``kept``: it outlives the pass."""
+    """Rows of a foreign owner (or of the ``POOL``): received inputs, or sums to go home. ``kept``: it outlives the pass."""
 
     what: What
     owner: int
@@ -113,7 +115,7 @@ class Buffer:
 
 @dataclass(eq=False)
 class Item:
-    """Rows of one owner and kind inside a message: runs of the buffer (or the own tensors) and parts of the message."""
+    """Rows of one buffer (or of the own tensors) inside a message: runs of them, and parts of the message."""
 
     what: What
     owner: int
@@ -153,7 +155,7 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """One kernel launch: queries of one owner, keys of one owner, bands in the rows of what this rank holds of them."""
+    """One kernel launch: queries and keys of one owner or the ``POOL`` each; bands in the rows that this rank holds of them."""
 
     q_owner: int
     kv_owner: int
@@ -216,7 +218,7 @@ def compile_program(plan: Plan, shape: Shape, keep: Iterable[tuple[What, int]] =
     assert plan.rank is not None, "only a view can be compiled"
     rank = plan.rank
     packings = _packings(plan, rank)
-    buffers = _buffers(plan, shape, rank, packings, set(keep))
+    buffers = _buffers(plan, shape, rank, packings, {(what, plan.store(owner)) for what, owner in keep})
     restored = _restored(plan, buffers, forward) if forward else []
     batches = _batches(plan, shape, rank, packings, buffers)
     posts: list[list[Batch]] = [[] for _ in range(plan.stages + 1)]
@@ -241,20 +243,22 @@ def compile_program(plan: Plan, shape: Shape, keep: Iterable[tuple[What, int]] =
 
 
 def _packings(plan: Plan, rank: int) -> dict[tuple[bool, int], Packing]:
-    """One packing for the query side and one for the key side of every foreign owner."""
+    """One packing for the query side and one for the key side of every foreign owner, or of all of them."""
     t, tasks, kept = plan.transfers, plan.tasks, plan.kept
     blocks = [(np.isin(t[:, WHAT], (What.KV, What.DKV)), t[:, OWNER], t[:, START], t[:, STOP])]
     blocks.append((np.isin(kept[:, 4], (What.KV, What.DKV)), kept[:, 1], kept[:, 2], kept[:, 3]))
     for key_side, owner in ((False, Q_OWNER), (True, KV_OWNER)):
         blocks.append((np.full(len(tasks), key_side), tasks[:, owner], tasks[:, owner + 1], tasks[:, owner + 2]))
     side, owner, start, stop = (np.concatenate(c) for c in zip(*blocks, strict=True))
-    order = np.lexsort((owner, side))
-    side, owner, start, stop = side[order], owner[order], start[order], stop[order]
-    border = np.flatnonzero((side[1:] != side[:-1]) | (owner[1:] != owner[:-1])) + 1
+    foreign = np.flatnonzero(owner != rank)
+    store = plan.stores(np.full_like(owner, rank), owner)
+    order = foreign[np.lexsort((store[foreign], side[foreign]))]
+    side, store, owner, start, stop = (column[order] for column in (side, store, owner, start, stop))
+    border = np.flatnonzero((side[1:] != side[:-1]) | (store[1:] != store[:-1])) + 1
     packings = {}
     for a, b in zip(np.concatenate([[0], border]), np.concatenate([border, [len(side)]]), strict=True):
-        if b > a and owner[a] != rank:
-            packings[bool(side[a]), int(owner[a])] = Packing.of(start[a:b], stop[a:b])
+        if b > a:
+            packings[bool(side[a]), int(store[a])] = Packing.of(owner[a:b], start[a:b], stop[a:b])
     return packings
 
 
@@ -266,10 +270,11 @@ def _stored_parts(shape: Shape, what: What) -> list[tuple[torch.dtype, tuple[int
 def _buffers(
     plan: Plan, shape: Shape, rank: int, packings: dict[tuple[bool, int], Packing], keep: set[tuple[What, int]]
 ) -> dict[tuple[What, int], Buffer]:
-    """A buffer for every (what, foreign owner) that this rank receives or makes, alive while tasks use it."""
+    """A buffer for every (what, store) of foreign rows that this rank receives or makes, alive while tasks use it."""
     buffers: dict[tuple[What, int], Buffer] = {}
 
     def buffer(what: What, owner: int) -> Buffer:
+        owner = plan.store(owner)
         if (what, owner) not in buffers:
             packing = packings[what.is_key_side, owner]
             parts, size = _parts(_stored_parts(shape, what), packing.rows, 0)
@@ -280,10 +285,10 @@ def _buffers(
     arrivals: dict[tuple[What, int], set[int]] = defaultdict(set)
     for src, _, owner, _, _, what, _, post, need in plan.transfers.tolist():
         if owner != rank:
-            what = What(what)
+            what = What(what).stored
             buffer(what, owner).stretch.live_at(2 * post + 1 if src == rank else 2 * need)
             if src != rank:
-                arrivals[what, owner].add(need)
+                arrivals[what, plan.store(owner)].add(need)
                 _begin(buffer(what, owner), 2 * need)
     for _, owner, _, _, what in plan.kept.tolist():
         buffer(What(what), owner).stretch.live_at(0)
@@ -308,7 +313,7 @@ def _begin(buffer: Buffer, step: int) -> None:
 def _restored(plan: Plan, buffers: dict[tuple[What, int], Buffer], forward: Program) -> list[tuple[Buffer, Buffer]]:
     """Kept rows are used where the forward pass left them if the packing is the same, else copied into a buffer of this pass."""
     pairs = []
-    for key in sorted({(What(row[4]), row[1]) for row in plan.kept.tolist()}):
+    for key in sorted({(What(row[4]), plan.store(row[1])) for row in plan.kept.tolist()}):
         old, new = forward.buffers[key], buffers[key]
         assert old.kept, "the forward program was compiled without knowing what to keep"
         if old.packing == new.packing:
@@ -333,7 +338,7 @@ def _batches(
             outgoing = row[SRC] == rank
             by_peer[outgoing, row[1] if outgoing else row[0]].append(row)
         for (outgoing, peer), mine in by_peer.items():
-            message = _message(shape, rank, packings, buffers, peer, mine, outgoing, post, batch.need)
+            message = _message(plan, shape, packings, buffers, peer, mine, outgoing, post, batch.need)
             (batch.sends if outgoing else batch.receives).append(message)
         detail = "; ".join(_describe(m) for m in batch.receives) or "its sends to " + _ranks(m.peer for m in batch.sends)
         batch.awaited = Awaited(plan.direction, batch.need, plan.stages, detail)
@@ -342,8 +347,8 @@ def _batches(
 
 
 def _message(
+    plan: Plan,
     shape: Shape,
-    rank: int,
     packings: dict[tuple[bool, int], Packing],
     buffers: dict[tuple[What, int], Buffer],
     peer: int,
@@ -355,18 +360,19 @@ def _message(
     merged: list[tuple[What, int, list[tuple[int, int]]]] = []
     for row in rows:
         what, owner, start, stop = What(row[WHAT]), row[OWNER], row[START], row[STOP]
-        begin = start if owner == rank else packings[what.is_key_side, owner].row(start, stop)
+        store = plan.store(owner)
+        begin = start if owner == plan.rank else packings[what.is_key_side, store].row(owner, start, stop)
         run = (begin, begin + stop - start)
-        if not merged or merged[-1][:2] != (what, owner):
-            merged.append((what, owner, [run]))
+        if not merged or merged[-1][:2] != (what, store):
+            merged.append((what, store, [run]))
         elif merged[-1][2][-1][1] == run[0]:
             merged[-1][2][-1] = (merged[-1][2][-1][0], run[1])
         else:
             merged[-1][2].append(run)
     items, size = [], 0
-    for what, owner, runs in merged:
+    for what, store, runs in merged:
         parts, size = _parts(shape.parts(what), sum(b - a for a, b in runs), size)
-        items.append(Item(what, owner, tuple(runs), parts))
+        items.append(Item(what.stored, store, tuple(runs), parts))
     step_out, step_in = 2 * post + 1, 2 * need
     whole = _whole_buffer(shape, items, buffers)
     if whole is not None and (outgoing or not whole.what.is_sum):
@@ -389,8 +395,11 @@ def _ranks(peers: Iterable[int]) -> str:
 
 
 def _describe(message: Message) -> str:
-    rows = ", ".join(f"{i.what.name.lower()} of rank {i.owner} ({sum(b - a for a, b in i.runs)} rows)" for i in message.items)
-    return f"{rows} from rank {message.peer}"
+    rows = []
+    for item in message.items:
+        whose = "" if item.owner == POOL else f" of rank {item.owner}"
+        rows.append(f"{item.what.name.lower()}{whose} ({sum(b - a for a, b in item.runs)} rows)")
+    return f"{', '.join(rows)} from rank {message.peer}"
 
 
 def _launches(plan: Plan, rank: int, packings: dict[tuple[bool, int], Packing]) -> list[list[Launch]]:
@@ -399,12 +408,13 @@ def _launches(plan: Plan, rank: int, packings: dict[tuple[bool, int], Packing]) 
     for i, row in enumerate(plan.tasks.tolist()):
         assert row[RANK] == rank
         _, _, q_owner, q_start, q_stop, kv_owner, kv_start, kv_stop = row
-        dq = q_start if q_owner == rank else packings[False, q_owner].row(q_start, q_stop)
-        dk = kv_start if kv_owner == rank else packings[True, kv_owner].row(kv_start, kv_stop)
         bands = plan.bands[plan.band_ptr[i] : plan.band_ptr[i + 1]]
         if not len(bands):
             continue
-        tables[row[STAGE]][q_owner, kv_owner].append(shift(bands, dq, dk))
+        q_store, kv_store = plan.store(q_owner), plan.store(kv_owner)
+        dq = q_start if q_owner == rank else packings[False, q_store].row(q_owner, q_start, q_stop)
+        dk = kv_start if kv_owner == rank else packings[True, kv_store].row(kv_owner, kv_start, kv_stop)
+        tables[row[STAGE]][q_store, kv_store].append(shift(bands, dq, dk))
     return [[Launch(*key, Bands(np.concatenate(t))) for key, t in stage.items()] for stage in tables]
 
 

@@ -16,7 +16,8 @@ ALIGNMENT = 16  # bytes; every tensor inside of a message or a buffer begins on 
 class Shape:
     """Attention of ``heads`` query heads over ``kv_heads`` key heads, head sizes ``d`` and ``d_v``, tensors of ``dtype``.
 
-    ``home`` is the dtype in which gradients and partial results travel: float32 (float64 for float64 inputs) unless asked.
+    ``home`` is the dtype in which gradients and partial results travel: float32 (float64 for float64 inputs) unless asked;
+    ``finished`` that of output rows which one rank computed alone: ``dtype`` unless asked.
     """
 
     heads: int
@@ -25,6 +26,7 @@ class Shape:
     d_v: int
     dtype: torch.dtype
     home: torch.dtype | None = None
+    finished: torch.dtype | None = None
 
     @property
     def accumulate(self) -> torch.dtype:
@@ -41,6 +43,7 @@ class Shape:
             What.OUT: [(home, out), (sums, (self.heads,))],
             What.DQ: [(home, q)],
             What.DKV: [(home, k), (home, v)],
+            What.DONE: [(self.finished or self.dtype, out), (sums, (self.heads,))],
         }
         return parts[what]
 

@@ -112,7 +112,7 @@ def wasted_rows(plan: Plan) -> int:
     world = plan.world
 
     def rows(rank: np.ndarray, what: np.ndarray | int, owner: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Intervals:
-        return Intervals((rank * 6 + what) * world + owner, start, stop)
+        return Intervals((rank * len(What) + what) * world + owner, start, stop)
 
     q_use = rows(
         task[:, RANK], What.Q, task[:, Q_OWNER], task[:, Q_START] + plan.bands[:, Q0], task[:, Q_START] + plan.bands[:, Q1]
@@ -128,14 +128,15 @@ def wasted_rows(plan: Plan) -> int:
 def peak_buffer_rows(plan: Plan, weights: np.ndarray | None = None) -> np.ndarray:
     """Rows of foreign data (inputs and sums) that each rank holds at once, at most; int64 [P].
 
-    A run of an owner's rows is held from the boundary that posts its first arrival (or the stage of the first task that adds
-    to it) to the end of the last stage that uses it, or the boundary that awaits its last departure. With ``weights``, int64
-    by What, the most that these rows weigh together: bytes, say.
+    The rows of an owner (of all, in a pooled plan) are held from the boundary that posts their first arrival (or the stage of the
+    first task that adds to them) to the end of the last stage that uses one, or the boundary that awaits their last departure.
+    With ``weights``, int64 by What, the most that these rows weigh together: bytes, say.
     """
     t, tasks = plan.transfers, plan.tasks
+    stored = np.array([what.stored for what in What])[t[:, WHAT]]
     columns = [
-        (t[:, DST], t[:, OWNER], t[:, WHAT], t[:, START], t[:, STOP], t[:, POST], t[:, NEED]),
-        (t[:, SRC], t[:, OWNER], t[:, WHAT], t[:, START], t[:, STOP], t[:, POST], t[:, NEED]),
+        (t[:, DST], t[:, OWNER], stored, t[:, START], t[:, STOP], t[:, POST], t[:, NEED]),
+        (t[:, SRC], t[:, OWNER], stored, t[:, START], t[:, STOP], t[:, POST], t[:, NEED]),
         (*(plan.kept[:, c] for c in (0, 1, 4, 2, 3)), np.zeros(len(plan.kept), np.int64), np.zeros(len(plan.kept), np.int64)),
     ]
     uses = [(What.Q, Q_OWNER, Q_START, Q_STOP), (What.KV, KV_OWNER, KV_START, KV_STOP)]
@@ -152,9 +153,9 @@ def peak_buffer_rows(plan: Plan, weights: np.ndarray | None = None) -> np.ndarra
     rank, owner, what, start, stop, born, dies = (np.concatenate(c) for c in zip(*columns, strict=True))
     foreign = rank != owner
     rank, owner, what, start, stop, born, dies = (c[foreign] for c in (rank, owner, what, start, stop, born, dies))
-    number, first = groups(rank, owner, what)
-    runs = union(Intervals(number, start, stop))
-    rows = np.bincount(runs.key, weights=runs.rows, minlength=len(first)).astype(np.int64)
+    number, first = groups(rank, plan.stores(rank, owner), what)
+    runs = union(Intervals(number * plan.world + owner, start, stop))
+    rows = np.bincount(runs.key // plan.world, weights=runs.rows, minlength=len(first)).astype(np.int64)
     if weights is not None:
         rows *= weights[what[first]]
     begin, end = np.full(len(first), plan.stages + 1), np.zeros(len(first), np.int64)

@@ -38,7 +38,7 @@ from distattn.parallel.plan import (
 )
 
 Keep = Literal["all", "last", "none"]
-GRADIENT_OF = {What.Q: What.DQ, What.KV: What.DKV, What.OUT: What.DOUT}
+GRADIENT_OF = {What.Q: What.DQ, What.KV: What.DKV, What.OUT: What.DOUT, What.DONE: What.DOUT}
 
 
 def transpose(plan: Plan, keep: Keep = "last") -> Plan:
@@ -93,9 +93,13 @@ def transpose(plan: Plan, keep: Keep = "last") -> Plan:
 
 
 def _first_and_last(stages: int, tasks: np.ndarray, task_of_band: np.ndarray, bands: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The work on own rows cut in two: one half while the first inputs travel, the other while the last gradients go home."""
-    local = (tasks[:, RANK] == tasks[:, Q_OWNER]) & (tasks[:, RANK] == tasks[:, KV_OWNER])
-    local &= tasks[:, STAGE] == stages - 1
+    """The work on own rows cut in two: one half while the first inputs travel, the other while the last gradients go home.
+
+    Where the forward plan has cut a rank's work so, it stays.
+    """
+    own = (tasks[:, RANK] == tasks[:, Q_OWNER]) & (tasks[:, RANK] == tasks[:, KV_OWNER])
+    already = np.isin(tasks[:, RANK], tasks[own & (tasks[:, STAGE] == 0), RANK])
+    local = own & (tasks[:, STAGE] == stages - 1) & ~already
     middle = (tasks[:, Q_START] + tasks[:, Q_STOP]) // 2
     early, late = tasks.copy(), tasks[local]
     early[local, STAGE], early[local, Q_STOP], late[:, Q_START] = 0, middle[local], middle[local]

@@ -69,7 +69,7 @@ def verify(plan: Plan | Sequence[Plan]) -> None:
         raise ValueError("One rank's view alone cannot be verified: pass the whole plan or the views of all ranks.")
     if malformed := _first(_malformed(plan)):
         raise PlanError(findings + malformed)
-    for check in (_cover, _inputs_in_time, _sums_go_home, _buffers):
+    for check in (_cover, _inputs_in_time, _sums_go_home, _done_alone, _buffers):
         findings += _first(check(plan))
     if findings:
         raise PlanError(findings)
@@ -262,7 +262,7 @@ def _inputs_in_time(plan: Plan) -> Iterator[str]:
     kind = np.repeat(np.arange(len(blocks)), [len(b[0]) for b in blocks])
     foreign = rank != owner
     rank, what, owner, start, stop, time, kind = (c[foreign] for c in (rank, what, owner, start, stop, time, kind))
-    [(piece, lo, hi)] = cut(Intervals((rank * 6 + what) * world + owner, start, stop))
+    [(piece, lo, hi)] = cut(Intervals((rank * len(What) + what) * world + owner, start, stop))
     number, first = groups(rank[piece], what[piece], owner[piece], lo)
     arrival = np.full(len(first), np.iinfo(np.int64).max)
     brings = kind[piece] < 2
@@ -285,7 +285,8 @@ def _inputs_in_time(plan: Plan) -> Iterator[str]:
 def _sums_go_home(plan: Plan) -> Iterator[str]:
     """Every foreign partial leaves its rank exactly once, after the last contribution to it; nothing empty is sent."""
     tasks, t, world = plan.tasks, plan.transfers, plan.world
-    t = t[t[:, WHAT] >= What.OUT]
+    t = t[t[:, WHAT] >= What.OUT].copy()
+    t[t[:, WHAT] == What.DONE, WHAT] = What.OUT
     if plan.direction == "forward":
         made = [(What.OUT, Q_OWNER, Q_START)]
     else:
@@ -308,7 +309,7 @@ def _sums_go_home(plan: Plan) -> Iterator[str]:
     for i in np.flatnonzero(leaves & ~foreign):
         yield f"rank {rank[i]} sends away the {What(what[i]).name.lower()} of its own {Rows(owner[i], start[i], stop[i])}"
     rank, what, owner, start, stop, time, leaves = (c[foreign] for c in (rank, what, owner, start, stop, time, leaves))
-    [(piece, lo, hi)] = cut(Intervals((rank * 6 + what) * world + owner, start, stop))
+    [(piece, lo, hi)] = cut(Intervals((rank * len(What) + what) * world + owner, start, stop))
     number, first = groups(rank[piece], what[piece], owner[piece], lo)
     gone, made_by = np.zeros(len(first), np.int64), np.full(len(first), -1)
     departures, contributions = np.zeros(len(first), np.int64), np.zeros(len(first), np.int64)
@@ -328,6 +329,27 @@ def _sums_go_home(plan: Plan) -> Iterator[str]:
             yield f"the partial {text} goes home {departures[g]} times"
         else:
             yield f"the partial {text} leaves at boundary {gone[g]}, before its last part at boundary {made_by[g]}"
+
+
+def _done_alone(plan: Plan) -> Iterator[str]:
+    """Rows that go home as finished have no other part: no task elsewhere works on them, and no partial result of them comes."""
+    t, task, world = plan.transfers, plan.tasks[plan.task_of_band], plan.world
+    done, partial = t[t[:, WHAT] == What.DONE], t[t[:, WHAT] == What.OUT]
+    if not len(done):
+        return
+    owner = np.concatenate([done[:, OWNER], partial[:, OWNER], task[:, Q_OWNER]])
+    rank = np.concatenate([done[:, SRC], partial[:, SRC], task[:, RANK]])
+    begin = np.concatenate([done[:, START], partial[:, START], task[:, Q_START] + plan.bands[:, Q0]])
+    end = np.concatenate([done[:, STOP], partial[:, STOP], task[:, Q_START] + plan.bands[:, Q1]])
+    [(piece, lo, hi)] = cut(Intervals(owner, begin, end))
+    cell, first_piece = groups(owner[piece], lo)
+    is_done = np.bincount(cell, weights=piece < len(done), minlength=len(first_piece)) > 0
+    lowest, highest = np.full(len(first_piece), world), np.full(len(first_piece), -1)
+    np.minimum.at(lowest, cell, rank[piece])
+    np.maximum.at(highest, cell, rank[piece])
+    for g in np.flatnonzero(is_done & (lowest != highest)):
+        rows = Rows(owner[piece[first_piece[g]]], lo[first_piece[g]], hi[first_piece[g]])
+        yield f"{rows} go home as finished, but ranks {lowest[g]} and {highest[g]} both compute parts of them"
 
 
 def _buffers(plan: Plan) -> Iterator[str]:

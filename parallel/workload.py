@@ -117,10 +117,11 @@ def _own_bytes(shape: Shape, direction: Direction) -> int:
 
 
 def _compute(plan: Plan, shapes: Sequence[Shape], cluster: Cluster) -> np.ndarray:
-    """Seconds of kernels, float64 [stages, P inner, slices]; tasks of one stage, rank and pair of owners are one launch."""
+    """Seconds of kernels, float64 [stages, P inner, slices]; tasks of one stage, rank and pair of stores are one launch."""
     tasks, bands = plan.tasks, plan.bands
     task = plan.task_of_band  # a task without bands launches nothing
-    number, first = groups(*(tasks[:, c] for c in (STAGE, RANK, Q_OWNER, KV_OWNER)))
+    stores = (plan.stores(tasks[:, RANK], tasks[:, owner]) for owner in (Q_OWNER, KV_OWNER))
+    number, first = groups(tasks[:, STAGE], tasks[:, RANK], *stores)
     launch = number[task]
     place = tasks[first, STAGE] * plan.world + tasks[first, RANK]
     launched = np.bincount(launch, minlength=len(first)) > 0
@@ -141,7 +142,7 @@ def _messages(plan: Plan, shapes: Sequence[Shape], cluster: Cluster) -> tuple[Me
     post, lane, need, src, dst = (t[first, c] for c in (POST, LANE, NEED, SRC, DST))
     rows = t[:, STOP] - t[:, START]
     per_row = np.array([[shape.row_bytes(what) for what in What] for shape in shapes], dtype=np.int64)
-    packed, unpacked = _copies(t, number)
+    packed, unpacked = _copies(plan, number)
     copy = cluster.host.copy_gb_s * 1e9
     sizes, pack, unpack = (
         np.zeros((n, slices)) for n in (len(first), (plan.stages + 1) * plan.world, (plan.stages + 1) * plan.world)
@@ -160,15 +161,16 @@ def _messages(plan: Plan, shapes: Sequence[Shape], cluster: Cluster) -> tuple[Me
     return messages, pack.reshape(plan.stages + 1, world), unpack.reshape(plan.stages + 1, world)
 
 
-def _copies(t: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _copies(plan: Plan, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(copies that each transfer costs its sender, its receiver): none where a whole buffer travels as it lies."""
+    t = plan.transfers
     if not len(t):
         return np.zeros(0), np.zeros(0)
     item, of_item = groups(number, t[:, OWNER], t[:, WHAT])
     items = np.bincount(number[of_item], minlength=int(number.max()) + 1)
 
     def messages_of_buffer(end: int) -> np.ndarray:
-        buffer, _ = groups(t[of_item, end], t[of_item, OWNER], t[of_item, WHAT])
+        buffer, _ = groups(t[of_item, end], plan.stores(t[of_item, end], t[of_item, OWNER]), t[of_item, WHAT])
         return np.bincount(buffer)[buffer][item]
 
     alone, is_sum = items[number] == 1, t[:, WHAT] >= What.OUT
