@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-SCHEDULES = ("ring", "zigzag", "striped", "double_ring", "gather", "tree", "auto")
+SCHEDULES = ("ring", "zigzag", "striped", "double_ring", "gather", "tree", "disaggregate", "auto")
 LAYOUTS = ("contiguous", "zigzag", "striped")
 ROTATE = ("auto", "kv", "q")
 KEEP = ("last", "all", "none")

@@ -252,6 +252,14 @@ def subdivided(layout: Layout, parts: int) -> Layout:
     return Layout(name, layout.n_tokens, layout.n_valid, layout.world * parts, layout.step, rank, start, high - low)
 
 
+def with_idle_ranks(layout: Layout, ranks: int) -> Layout:
+    """The same shards, and ``ranks`` more ranks that hold no rows."""
+    if ranks == 0:
+        return layout
+    columns = layout.seg_rank, layout.seg_start, layout.seg_count
+    return Layout(layout.name, layout.n_tokens, layout.n_valid, layout.world + ranks, layout.step, *columns)
+
+
 def _phases(lengths: np.ndarray, world: int) -> np.ndarray:
     """The rank that begins each document, int64 [documents].
 

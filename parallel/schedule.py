@@ -47,9 +47,16 @@ class Schedule:
     def backward(self, rotation: Rotation = "kv") -> Plan:
         """The backward plan that moves the key side (k, v, dk, dv) or the query side (q, dout, lse, delta, dq)."""
         if rotation not in self._backward:
-            made = transpose(self.forward, self.strategy.keep) if rotation == "kv" else transpose(self.turned, "none")
-            self._backward[rotation] = made
+            self._backward[rotation] = self._make_backward(rotation)
         return self._backward[rotation]
+
+    def _make_backward(self, rotation: Rotation) -> Plan:
+        if rotation == "q":
+            return transpose(self.turned, "none")
+        build = SCHEDULES[self.strategy.schedule].for_backward
+        if build is None or self.strategy.keep == "all":
+            return transpose(self.forward, self.strategy.keep)
+        return transpose(build(self.inner, self.mask, self.strategy, self.rank), "none")
 
     @property
     def turned(self) -> Plan:

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from distattn.parallel.assign import Cost
 from distattn.parallel.transpose import Keep
 
 Rotate = Literal["auto", "kv", "q"]
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How a disaggregation shares the work out.
+
+    Args:
+        forward, backward: what pairs and rows cost in each pass; the backward plan is made for its own.
+        tolerance: the most that a rank may have above its share, as a part of it.
+        receive_rows: rows of queries and keys that a rank may receive; None: as many as it takes.
+        smallest: query rows of a piece that leaves its rank, unless its document is shorter.
+        speeds: of every rank, relative to each other; None: all alike.
+    """
+
+    forward: Cost = field(default_factory=Cost)
+    backward: Cost = field(default_factory=Cost)
+    tolerance: float = 0.02
+    receive_rows: int | None = None
+    smallest: int = 128
+    speeds: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -19,10 +40,13 @@ class Strategy:
         layout: "contiguous", "zigzag" or "striped" (the last two inside each document of a mask of documents).
         ulysses: ranks that exchange heads for tokens around the schedule; neighbours, so that they share a node.
         devices: ranks a node, rank = node * devices + device; None: all in one node.
-        stages: of a gather, after the local one.
+        stages: of a gather, after the local one; of a disaggregation, parts of the work that is not local.
         in_flight: of a tree, owners whose queries are under way at once.
         rotate: what travels in the backward pass of a ring: "kv", "q", or "auto" for what is fewer bytes.
-        keep: what received inputs stay on a rank until the backward pass: "last" stage's, "all" or "none".
+        keep: what received inputs stay on a rank until the backward pass: "last" stage's, "all" or "none". The backward pass of a
+            disaggregation has pieces of its own unless all inputs stay; "last" means none there.
+        servers: of a disaggregation, the last ranks of the group that hold no tokens and compute for the others.
+        balance: of a disaggregation; None is its own choice.
     """
 
     schedule: str = "zigzag"
@@ -33,6 +57,8 @@ class Strategy:
     in_flight: int | None = None
     rotate: Rotate = "auto"
     keep: Keep = "last"
+    servers: int = 0
+    balance: Balance | None = None
 
     def __str__(self) -> str:
         default = Strategy()

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from distattn.parallel import layout as layouts
+from distattn.parallel.assign import assign
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
 from distattn.parallel.plan import Plan
+from distattn.parallel.schedules.disaggregate import check_step, disaggregate
 from distattn.parallel.schedules.double_ring import double_ring
 from distattn.parallel.schedules.gather import gather
 from distattn.parallel.schedules.ring import query_ring, ring
 from distattn.parallel.schedules.tree import tree
-from distattn.parallel.strategy import Rotate, Strategy
+from distattn.parallel.strategy import Balance, Rotate, Strategy
 from distattn.parallel.transpose import Keep
 
 
@@ -42,12 +44,17 @@ Build = Callable[[Layout, Mask, Strategy, "int | None"], Plan]
 
 @dataclass(frozen=True)
 class Named:
-    """A schedule by name: its own layout, the forward plan, one that moves the query side instead, and what it is for."""
+    """A schedule by name: its own layout, the forward plan, and what it is for.
+
+    ``turned`` is a forward plan that moves the query side instead, ``for_backward`` one whose transposition is the backward plan
+    where that has work of its own.
+    """
 
     layout: str
     build: Build
     about: str
     turned: Build | None = None
+    for_backward: Build | None = None
 
 
 def _ring(layout: Layout, mask: Mask, _: Strategy, rank: int | None) -> Plan:
@@ -70,6 +77,25 @@ def _tree(layout: Layout, mask: Mask, strategy: Strategy, rank: int | None) -> P
     return tree(layout, mask, _inner_devices(layout, strategy), strategy.in_flight, rank)
 
 
+def _disaggregate(layout: Layout, mask: Mask, strategy: Strategy, rank: int | None, backward: bool = False) -> Plan:
+    check_step(layout)
+    b = strategy.balance or Balance()
+    assignment = assign(
+        layout,
+        mask,
+        cost=b.backward if backward else b.forward,
+        tolerance=b.tolerance,
+        receive_rows=b.receive_rows,
+        smallest=b.smallest,
+        speeds=b.speeds,
+    )
+    return disaggregate(layout, mask, assignment, strategy.stages or 2)
+
+
+def _disaggregate_backward(layout: Layout, mask: Mask, strategy: Strategy, rank: int | None) -> Plan:
+    return _disaggregate(layout, mask, strategy, rank, backward=True)
+
+
 def _inner_devices(layout: Layout, strategy: Strategy) -> int:
     """Ranks a node among those that share heads; with whole nodes exchanging heads every one is in a node of its own."""
     if strategy.devices is None:
@@ -89,6 +115,12 @@ SCHEDULES: dict[str, Named] = {
     ),
     "tree": Named(
         "zigzag", _tree, "few queries on many keys: queries travel down a tree, partial results are merged on the way up"
+    ),
+    "disaggregate": Named(
+        "contiguous",
+        _disaggregate,
+        "packed documents of any lengths: tokens stay, pieces of attention go where there is time",
+        for_backward=_disaggregate_backward,
     ),
 }
 
@@ -112,7 +144,9 @@ def checked_strategy(strategy: Strategy | str, world: int) -> Strategy:
         value = getattr(s, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name} must be a whole number of 1 or more. Found {value!r}.")
-    for name, takers in (("stages", ("gather",)), ("in_flight", ("tree",))):
+    _check_servers(s, world)
+    takers_of = {"stages": ("gather", "disaggregate"), "in_flight": ("tree",), "balance": ("disaggregate",)}
+    for name, takers in takers_of.items():
         if getattr(s, name) is not None and s.schedule not in takers:
             raise ValueError(f"{name} is an option of {', '.join(takers)}; {s.schedule} has none. Leave it out.")
     if s.layout is not None and s.schedule in LAYOUTS and s.layout != s.schedule:
@@ -136,7 +170,8 @@ def checked_strategy(strategy: Strategy | str, world: int) -> Strategy:
 def make_layout(strategy: Strategy, mask: Mask, world: int, pad_to_equal: bool = False) -> tuple[Layout, Layout]:
     """(layout of the tokens over all ranks, layout of the plan over ``world / ulysses`` groups that share their tokens)."""
     name = strategy.layout or SCHEDULES[strategy.schedule].layout
-    inner = LAYOUTS[name](mask, world // strategy.ulysses, strategy.ulysses if pad_to_equal else 0)
+    holders = world // strategy.ulysses - strategy.servers
+    inner = layouts.with_idle_ranks(LAYOUTS[name](mask, holders, strategy.ulysses if pad_to_equal else 0), strategy.servers)
     return layouts.subdivided(inner, strategy.ulysses), inner
 
 
@@ -163,6 +198,21 @@ def build_plan(strategy: Strategy, layout: Layout, mask: Mask, rank: int | None 
     build = named.turned if turned else named.build
     assert build is not None
     return build(layout, mask, strategy, rank)
+
+
+def _check_servers(s: Strategy, world: int) -> None:
+    if not isinstance(s.servers, int) or isinstance(s.servers, bool) or s.servers < 0:
+        raise ValueError(f"servers must be a whole number of 0 or more. Found {s.servers!r}.")
+    if not s.servers:
+        return
+    if s.schedule != "disaggregate":
+        raise ValueError(f"servers without tokens are for disaggregate; {s.schedule} has none. Leave servers at 0.")
+    if s.ulysses > 1:
+        raise ValueError(f"servers={s.servers} hold no rows to exchange heads for, but ulysses={s.ulysses}. Use one of the two.")
+    if s.servers >= world:
+        raise ValueError(
+            f"servers={s.servers} of {world} ranks leave none that holds tokens. Use at most servers={world - 1}, or more ranks."
+        )
 
 
 def _check_name(kind: str, found: Any, known: Any) -> None:

@@ -10,7 +10,7 @@ from distattn.parallel import mask as masks
 from distattn.parallel.schedule import make_schedule
 from distattn.parallel.schedules import LAYOUTS, SCHEDULES, checked_strategy, make_layout
 from distattn.parallel.shape import Shape
-from distattn.parallel.strategy import Strategy
+from distattn.parallel.strategy import Balance, Strategy
 from distattn.parallel.verify import verify_schedule
 
 
@@ -25,12 +25,17 @@ from distattn.parallel.verify import verify_schedule
         (Strategy("gather", stages=-1), "stages must be a whole number"),
         (Strategy("gather", stages=True), "stages must be a whole number"),
         (Strategy("tree", in_flight=0), "in_flight must be a whole number"),
-        (Strategy("zigzag", stages=2), "stages is an option of gather; zigzag has none"),
+        (Strategy("zigzag", stages=2), "stages is an option of gather, disaggregate; zigzag has none"),
         (Strategy("gather", in_flight=2), "in_flight is an option of tree"),
         (Strategy("zigzag", layout="striped"), "For a ring on striped, ask for schedule 'ring'"),
         (Strategy("gather", rotate="q"), "rotate='q' is for ring, zigzag, striped; gather moves"),
         (Strategy(rotate="k"), "rotate must be one of auto, kv, q. Found 'k'"),
         (Strategy(keep="first"), "keep must be one of all, last, none"),
+        (Strategy("ring", servers=2), "servers without tokens are for disaggregate; ring has none"),
+        (Strategy("disaggregate", servers=8), "servers=8 of 8 ranks leave none that holds tokens. Use at most servers=7"),
+        (Strategy("disaggregate", servers=-1), "servers must be a whole number of 0 or more. Found -1"),
+        (Strategy("disaggregate", servers=2, ulysses=2), "servers=2 hold no rows to exchange heads for, but ulysses=2"),
+        (Strategy("ring", balance=Balance()), "balance is an option of disaggregate; ring has none"),
         (7, "named by a text or a Strategy. Found 7"),
     ],
 )

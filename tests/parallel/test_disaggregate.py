@@ -1,0 +1,157 @@
+"""disaggregate: any assignment of pieces to ranks becomes an exact plan that stores each row once, with four launches a stage."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distattn.kernels.reference import Reference
+from distattn.parallel import layout as layouts
+from distattn.parallel import mask as masks
+from distattn.parallel.assign import Assignment
+from distattn.parallel.layout import Layout
+from distattn.parallel.plan import DST, NEED, OWNER, POST, SRC, START, STOP, WHAT, Plan, What
+from distattn.parallel.program import compile_program
+from distattn.parallel.schedules.disaggregate import disaggregate
+from distattn.parallel.shape import Shape
+from distattn.parallel.statistics import peak_buffer_rows, wasted_rows, work
+from distattn.parallel.transpose import transpose
+from distattn.parallel.verify import PlanError, verify
+from tests.parallel.attend import check, exact, make_problem, on_threads, one_device
+from tests.parallel.plans import MASKS, make_layout, make_mask
+from tests.parallel.test_plan import dense_cover
+
+KEEPS = ("none", "all", "last")
+
+
+def random_assignment(layout: Layout, seed: int, longest: int = 9) -> Assignment:
+    """Runs of rows at their owner or at any rank; some are cut by keys and shared by two."""
+    rng = random.Random(seed)
+    rows = []
+    for owner in range(layout.world):
+        a, n = 0, layout.rows(owner)
+        while a < n:
+            b = min(n, a + rng.randrange(1, longest))
+            server = rng.choice([owner, rng.randrange(layout.world)])
+            middle = rng.choice([layout.n_tokens, rng.randrange(layout.n_tokens + 1)])
+            rows.append((server, owner, a, b, 0, middle))
+            rows.append((rng.randrange(layout.world), owner, a, b, middle, layout.n_tokens))
+            a = b
+    return Assignment(*np.array(rows, dtype=np.int64).reshape(-1, 6).T)
+
+
+@st.composite
+def cases(draw):
+    """(plan, mask)"""
+    world, n, seed = draw(st.integers(1, 6)), draw(st.integers(0, 50)), draw(st.integers(0, 999))
+    mask = make_mask(draw(st.sampled_from(MASKS)), n, seed)
+    layout = make_layout(draw(st.sampled_from(["contiguous", "zigzag", "document_zigzag"])), mask, world, draw(st.booleans()))
+    return disaggregate(layout, mask, random_assignment(layout, seed), draw(st.integers(1, 3))), mask
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases())
+def test_any_assignment_becomes_a_plan_that_verifies(case):
+    plan, mask = case
+    n, total = plan.layout.n_valid, plan.layout.n_tokens
+    want = torch.zeros(total, total, dtype=torch.int32)
+    want[:n, :n] = mask.bands.dense(n, n)
+    assert torch.equal(dense_cover(plan), want)
+    assert work(plan).sum() == mask.bands.area and wasted_rows(plan) == 0
+    assert peak_buffer_rows(plan).max(initial=0) <= plan.buffer_bound
+    verify(plan)
+    verify([plan.view(r) for r in range(plan.world)])
+    for keep in KEEPS:
+        back = transpose(plan, keep)
+        verify(back)
+        verify([back.view(r) for r in range(plan.world)])
+
+
+@settings(max_examples=20, deadline=None)
+@given(cases(), st.sampled_from(KEEPS), st.booleans())
+def test_any_assignment_computes_attention(case, keep, sinks):
+    """Rounding aside, in float64."""
+    plan, mask = case
+    problem = make_problem(mask, torch.float64, d=4, d_v=6, sinks=sinks)
+    check(on_threads(plan, transpose(plan, keep), problem, Reference()), exact(problem), 1e-12)
+
+
+@settings(max_examples=20, deadline=None)
+@given(cases())
+def test_a_stage_has_four_launches_at_most(case):
+    plan, _ = case
+    shape = Shape(2, 1, 4, 4, torch.float32)
+    for one in (plan, transpose(plan, "none")):
+        for rank in range(plan.world):
+            program = compile_program(one.view(rank), shape)
+            assert max((len(stage) for stage in program.launches), default=0) <= 4
+            assert len(program.launches[0]) <= 1 and len(program.launches[-1]) <= 1
+            kinds = [what for what, _ in program.buffers]
+            assert len(kinds) == len(set(kinds)), "one buffer a kind, whoever owns its rows"
+
+
+def two_servers() -> tuple[Plan, Layout]:
+    """One document on rank 0 of three; rank 1 does its second quarter, ranks 1 and 2 share its last half by keys."""
+    layout, mask = layouts.contiguous(96, 3), masks.documents([32, 32, 32])
+    whole = (0, 96)
+    rows = [(0, 0, 0, 8, *whole), (1, 0, 8, 16, *whole), (1, 0, 16, 32, 0, 16), (2, 0, 16, 32, 16, 96)]
+    rows += [(1, 1, 0, 32, *whole), (2, 2, 0, 32, *whole)]
+    return disaggregate(layout, mask, Assignment(*np.array(rows).T), 1), layout
+
+
+def test_rows_that_one_server_finishes_come_home_in_the_output_dtype():
+    plan, _ = two_servers()
+    t = plan.transfers
+    home = t[t[:, WHAT] >= What.OUT][:, [SRC, START, STOP, WHAT]].tolist()
+    assert sorted(home) == [[1, 8, 16, What.DONE], [1, 16, 32, What.OUT], [2, 16, 32, What.OUT]]
+    shape = Shape(4, 2, 16, 24, torch.bfloat16)
+    assert shape.row_bytes(What.DONE) == 4 * 24 * 2 + 4 * 4
+    assert shape.row_bytes(What.OUT) == 4 * 24 * 4 + 4 * 4
+    keys = t[t[:, WHAT] == What.KV]
+    assert keys[:, [DST, OWNER, START, STOP]].tolist() == [[1, 0, 0, 16], [2, 0, 16, 32]], "each key once, only what is seen"
+    assert np.all(t[:, NEED] - t[:, POST] == 1)
+
+
+def test_verify_names_rows_that_are_not_finished():
+    plan, _ = two_servers()
+    wrong = plan.transfers.copy()
+    shared = (wrong[:, WHAT] == What.OUT) & (wrong[:, SRC] == 2)
+    wrong[shared, WHAT] = What.DONE
+    with pytest.raises(PlanError, match=r"rows \[16, 32\) of rank 0 go home as finished, but ranks 1 and 2 both compute"):
+        verify(Plan(**{**plan.__dict__, "transfers": wrong}))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, None)])
+def test_precision(dtype, tolerance):
+    """float32 against float64; bf16 no worse than 1.05 times one device."""
+    mask = masks.documents([300, 17, 1, 250, 72])
+    layout = layouts.contiguous(640, 4)
+    plan = disaggregate(layout, mask, random_assignment(layout, 3, longest=90), 2)
+    problem = make_problem(mask, dtype, heads=(4, 2), d=32, d_v=32)
+    want = exact(problem)
+    found = on_threads(plan, transpose(plan, "none"), problem)
+    again = on_threads(plan, transpose(plan, "none"), problem, times=2)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True)), "the same bits from run to run"
+    if tolerance is not None:
+        check(found, want, tolerance)
+        return
+    from distattn.kernels import load
+    from tests.parallel.attend import errors
+
+    alone = errors(one_device(problem, load("aten")), want)
+    ours = errors(found, want)
+    assert all(ours[name] <= 1.05 * alone[name] + 1e-7 for name in ours), (ours, alone)
+
+
+def test_striped_rows_are_refused():
+    mask = masks.causal(64)
+    layout = layouts.striped(64, 4)
+    with pytest.raises(ValueError, match="every 4th. Use layout 'contiguous'"):
+        disaggregate(layout, mask, random_assignment(layout, 0))
+    with pytest.raises(ValueError, match="stages = 0 parts"):
+        disaggregate(layouts.contiguous(64, 4), mask, random_assignment(layouts.contiguous(64, 4), 0), 0)
