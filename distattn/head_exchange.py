@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distattn.kernels.contract import Scores, accumulate_dtype
-from distattn.ops import HANDLES, Session, sinks_gradient, upstream
+from distattn.ops import HANDLES, Session, call_shape, sinks_gradient, upstream
 from distattn.parallel.comm_group import GroupView
 from distattn.parallel.exchange import HeadExchange
 from distattn.parallel.program import Program
@@ -59,7 +59,7 @@ def ulysses_attention(
     """Local rows in; out: (out, lse) of local rows, and for the backward pass kept bytes, arrived bytes and the slice's lse."""
     session = HANDLES[handle]
     scores = Scores(scale, softcap)
-    shape = Shape(q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.dtype, session.home)
+    shape = call_shape(session, (q.shape[1], k.shape[1]), (q.shape[2], v.shape[2]), q.dtype, sinks)
     exchange = _exchange(session, shape, scores, sinks is not None)
     executor, everyone = session.executor, _group(session).parent
     arrived = exchange.send_inputs(everyone, q, k, v, executor.calls + 1)
@@ -98,7 +98,7 @@ def ulysses_attention_backward(
     """Gradients of the local q, k and v, and of the sinks (of the slice's heads and its group's rows; empty without sinks)."""
     session = HANDLES[handle]
     scores = Scores(scale, softcap)
-    shape = Shape(out.shape[1], kv_heads, d, out.shape[2], out.dtype, session.home)
+    shape = call_shape(session, (out.shape[1], kv_heads), (d, out.shape[2]), out.dtype, sinks)
     exchange = _exchange(session, shape, scores, sinks is not None)
     executor, everyone = session.executor, _group(session).parent
     # delta needs a row's out, which its owner has; the slice needs neither out nor the gradient of lse.

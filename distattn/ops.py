@@ -101,8 +101,17 @@ class Handles:
 HANDLES = Handles()  # operators see numbers only, so this one table is global
 
 
+def call_shape(
+    session: Session, heads: tuple[int, int], sizes: tuple[int, int], dtype: torch.dtype, sinks: Tensor | None
+) -> Shape:
+    """The shape of a call with these (query, key) heads and head sizes (of keys, of values)."""
+    # An owner with sinks has more to add to what others have finished: it must come unrounded.
+    finished = None if sinks is None else accumulate_dtype(dtype)
+    return Shape(*heads, *sizes, dtype, session.home, finished)
+
+
 def _programs(session: Session, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores) -> tuple[Program, Program]:
-    shape = Shape(q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.dtype, session.home)
+    shape = call_shape(session, (q.shape[1], k.shape[1]), (q.shape[2], v.shape[2]), q.dtype, sinks)
     return session.plan.programs(shape, scores, sinks is not None, session.executor.communicator)
 
 

@@ -14,7 +14,7 @@ import torch
 from distattn.attention import ContextParallel
 from distattn.parallel.comm_threads import run_ranks
 from distattn.parallel.mask import Mask
-from distattn.parallel.strategy import Strategy
+from distattn.parallel.strategy import Balance, Strategy
 from tests.distattn.dense import dense_attention, error
 from tests.parallel.plans import make_mask
 
@@ -37,13 +37,17 @@ STRATEGIES = (
     Strategy("gather", ulysses=4, stages=2),
     Strategy("double_ring", layout="striped", ulysses=2),
     Strategy("striped", ulysses=8),
+    Strategy("disaggregate", balance=Balance(smallest=4)),
+    Strategy("disaggregate", layout="zigzag", stages=3, keep="all", balance=Balance(smallest=4)),
+    Strategy("disaggregate", stages=1, servers=1, balance=Balance(smallest=1)),
+    Strategy("disaggregate", ulysses=2, balance=Balance(smallest=4)),
 )
 
 Case = tuple[Strategy, str, tuple[int, int]]
 
 
 def fits(strategy: Strategy, world: int, heads: int) -> bool:
-    return world % strategy.ulysses == 0 and strategy.ulysses <= heads
+    return world % strategy.ulysses == 0 and strategy.ulysses <= heads and strategy.servers < world
 
 
 def placed(strategy: Strategy, world: int) -> Strategy:
