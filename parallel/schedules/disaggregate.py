@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from distattn.kernels.bands import K0, K1, Q0, Q1, areas, clip, shift
-from distattn.parallel.assign import Assignment
+from distattn.parallel.assignment import Assignment
 from distattn.parallel.intervals import Intervals, cut, expand, groups, union
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from distattn.kernels.reference import Reference
 from distattn.parallel import layout as layouts
 from distattn.parallel import mask as masks
-from distattn.parallel.assign import Assignment
+from distattn.parallel.assignment import Assignment
 from distattn.parallel.layout import Layout
 from distattn.parallel.plan import DST, NEED, OWNER, POST, SRC, START, STOP, WHAT, Plan, What
 from distattn.parallel.program import compile_program
