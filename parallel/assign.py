@@ -197,7 +197,9 @@ class _Planner:
         moved = [self._columns(p.server, p.strip, p.k_first, p.k_stop) for p in pieces]
         # Of a strip that is given away its owner keeps the keys from the cap on, where its rows see any.
         taken = [self._columns(0, s, 0, min(s.cap, s.reach)) for s in given]
-        table = np.concatenate([np.array(moved, dtype=np.int64).reshape(-1, 6), self._home(np.array(taken, dtype=np.int64).reshape(-1, 6))])
+        table = np.concatenate(
+            [np.array(moved, dtype=np.int64).reshape(-1, 6), self._home(np.array(taken, dtype=np.int64).reshape(-1, 6))]
+        )
         table = table[np.lexsort((table[:, 4], table[:, 2], table[:, 1], table[:, 0]))]
         return Assignment(*(np.ascontiguousarray(column) for column in table.T))
 

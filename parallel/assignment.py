@@ -101,9 +101,7 @@ class _Placed:
         """The fewest rows of one document in a piece that leaves other rows of that document to its owner or to others."""
         groups = Groups.of(mask)
         piece, start, stop = positions(a, layout)
-        index, group = expand(
-            np.searchsorted(groups.stop, start, side="right"), np.searchsorted(groups.first, stop, side="left")
-        )
+        index, group = expand(np.searchsorted(groups.stop, start, side="right"), np.searchsorted(groups.first, stop, side="left"))
         begin, end = np.maximum(start[index], groups.first[group]), np.minimum(stop[index], groups.stop[group])
         seg = np.searchsorted(np.sort(layout.seg_start), begin, side="right") - 1
         order = np.argsort(layout.seg_start, kind="stable")[seg]
@@ -118,7 +116,9 @@ def positions(a: Assignment, layout: Layout) -> tuple[np.ndarray, np.ndarray, np
     assert layout.step == 1 or (layout.seg_count <= 1).all(), "a layout with a step has no runs of neighbouring positions"
     base = layout.row_ptr[layout.seg_rank] + layout.seg_row
     begin, end = layout.row_ptr[a.owner] + a.q_start, layout.row_ptr[a.owner] + a.q_stop
-    piece, segment = expand(np.searchsorted(base + layout.seg_count, begin, side="right"), np.searchsorted(base, end, side="left"))
+    piece, segment = expand(
+        np.searchsorted(base + layout.seg_count, begin, side="right"), np.searchsorted(base, end, side="left")
+    )
     first = np.maximum(begin[piece], base[segment])
     stop = np.minimum(end[piece], base[segment] + layout.seg_count[segment])
     offset = layout.seg_start[segment] - base[segment]

@@ -161,7 +161,7 @@ def carve(region: Region, shares: list[Share], weights: Weights) -> Iterator[Pie
         ValueError: no cut was found that keeps to all limits.
     """
     if len(shares) == 1:
-        assert region.work<=shares[0].most, (region.work,shares)
+        assert region.work <= shares[0].most, (region.work, shares)
         for s in region.strips:
             if s.reach > region.k_first:
                 yield Piece(shares[0].server, s, region.k_first, min(region.k_stop, s.reach))
@@ -185,7 +185,9 @@ def _best_cut(region: Region, shares: list[Share], weights: Weights) -> tuple[_C
                 cutter = region.cut_rows if by_rows else region.cut_keys
                 cut = cutter(max(least, 0), most, least_rows)
                 if cut is not None:
-                    STAT[least_rows]=STAT.get(least_rows,0)+1
+                    STAT[least_rows] = STAT.get(least_rows, 0) + 1
                     return cut, at
     raise ValueError("no cut")
-STAT={}
+
+
+STAT = {}

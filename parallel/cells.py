@@ -119,9 +119,7 @@ class Cells:
         start = layout.seg_start[order]
         stop = start + layout.seg_count[order]
         # Neither segments nor groups overlap among themselves, so both ends rise.
-        group, place = expand(
-            np.searchsorted(stop, groups.first, side="right"), np.searchsorted(start, groups.stop, side="left")
-        )
+        group, place = expand(np.searchsorted(stop, groups.first, side="right"), np.searchsorted(start, groups.stop, side="left"))
         segment = order[place]
         first, last = np.maximum(groups.first[group], start[place]), np.minimum(groups.stop[group], stop[place])
         rank, row = layout.seg_rank[segment], layout.seg_row[segment] + first - start[place]
