@@ -56,6 +56,11 @@ class Executor:
         self._workspace: dict[tuple[int, torch.device], Tensor] = {}
         self._bound: defaultdict[int, WeakKeyDictionary[Program, _Bound]] = defaultdict(WeakKeyDictionary)
 
+    def next_call(self) -> int:
+        """The number of what begins now, for error messages; the same on every rank."""
+        self.calls += 1
+        return self.calls
+
     def forward(
         self, program: Program, backend: Backend, q: Tensor, k: Tensor, v: Tensor, scores: Scores, sinks: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,10 +177,10 @@ class Executor:
         slot: int,
     ) -> Steps[None]:
         """One pass. An error is published, so that the peers that wait for this rank name its cause."""
-        self.calls += 1
+        call = self.next_call()
         try:
             bound = self._bind(program, device, kept, slot)
-            yield from self._pass(program, bound, own, compute, self.calls)
+            yield from self._pass(program, bound, own, compute, call)
             bound.forget(program)
         except GeneratorExit:  # dropped half-way, by whoever failed between the steps
             raise
