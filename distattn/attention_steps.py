@@ -20,6 +20,7 @@ from distattn import head_exchange, ops
 from distattn.kernels.contract import Scores
 from distattn.ops import HANDLES
 from distattn.parallel.comm_group import GroupView
+from distattn.parallel.executor import Executor
 
 
 def _trades_heads(handle: int) -> bool:
@@ -38,10 +39,14 @@ def attention_begin(
 
 
 @torch.library.custom_op("distattn::attention_compute", mutates_args=())
-def attention_compute(ticket: Tensor, handle: int, slot: int) -> Tensor:
-    """The middle of the call in ``slot``, forward or backward; returns the next ticket."""
-    HANDLES[handle].executor.in_progress.compute(slot)
-    return ticket.new_empty(0)
+def attention_compute(tickets: list[Tensor], handles: list[int], slots: list[int]) -> list[Tensor]:
+    """The middle of calls that have begun, forward or backward, in turns; returns their next tickets."""
+    by_executor: dict[Executor, list[int]] = {}
+    for handle, slot in zip(handles, slots, strict=True):
+        by_executor.setdefault(HANDLES[handle].executor, []).append(slot)
+    for executor, some in by_executor.items():
+        executor.in_progress.compute(some)
+    return [ticket.new_empty(0) for ticket in tickets]
 
 
 @torch.library.custom_op("distattn::attention_collect", mutates_args=())
@@ -112,12 +117,13 @@ def _begin_backward(ctx: Any, ticket: Tensor) -> tuple[Tensor | None, ...]:
     return dq, dk, dv, dsinks if ctx.with_sinks else None, None, None, None, None
 
 
-def _compute_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.handle, ctx.slot = inputs
+def _compute_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _, ctx.handles, ctx.slots = inputs
 
 
-def _compute_backward(ctx: Any, ticket: Tensor) -> tuple[Tensor | None, ...]:
-    return attention_compute(ticket, ctx.handle, ctx.slot), None, None
+def _compute_backward(ctx: Any, tickets: list[Tensor]) -> tuple[list[Tensor] | None, ...]:
+    # Calls have begun in reverse.
+    return attention_compute(tickets[::-1], ctx.handles[::-1], ctx.slots[::-1])[::-1], None, None
 
 
 def _collect_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -154,9 +160,13 @@ class AttentionInProgress:
     def __post_init__(self) -> None:
         self._ticket = attention_begin(*self.inputs, self.handle, self.slot, self.scale, self.softcap)
 
-    def compute(self) -> None:
-        """Waits for what arrives, computes, and posts what goes home."""
-        self._ticket = attention_compute(self._ticket, self.handle, self.slot)
+    def compute(self, *others: AttentionInProgress) -> None:
+        """Waits for what arrives, computes, and posts what goes home; of this and other calls in turns, so that what one stage
+        needs travels while another call computes. The first to have begun comes first."""
+        calls = (self, *others)
+        tickets = attention_compute([c._ticket for c in calls], [c.handle for c in calls], [c.slot for c in calls])
+        for call, ticket in zip(calls, tickets, strict=True):
+            call._ticket = ticket
 
     def collect(self) -> Tensor | tuple[Tensor, Tensor]:
         """Waits for what comes home; what :meth:`distattn.ContextParallel.attention` returns."""

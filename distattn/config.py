@@ -97,7 +97,9 @@ class ParallelConfig:
     keep: str = key("last", f"received keys that stay until the backward pass: {', '.join(KEEP)}")
     cp: int = key(0, "ranks that share one sequence; 0 means all that dp leaves")
     dp: int = key(1, "groups of ranks with sequences of their own")
-    nano_batches: int = key(1, "sequences that take each layer side by side, so that one computes while another's attention travels")
+    nano_batches: int = key(
+        1, "sequences that take each layer side by side, so that one computes while another's attention travels"
+    )
     backend: str = key("", f"attention kernel: {', '.join(BACKENDS)}; empty takes the fastest that can")
     checkpointing: str = key("none", f"what backward computes again: {', '.join(CHECKPOINTING)} (selective: all but attention)")
     compile: bool = key(False, "torch.compile each block")

@@ -19,7 +19,7 @@ from distattn.parallel.exchange import HeadExchange
 from distattn.parallel.program import Program
 from distattn.parallel.rank_plan import agree
 from distattn.parallel.shape import Shape
-from distattn.parallel.steps import Steps, run
+from distattn.parallel.steps import Steps, inside, run
 
 
 def _group(session: Session) -> GroupView:
@@ -66,7 +66,8 @@ def forward_steps(
     inner = exchange.inputs(arrived)
     program, _ = _programs(session, exchange, scores, sinks is not None)
     part = None if sinks is None else sinks[exchange.mine.start : exchange.mine.stop]
-    out, lse, kept = run(executor.forward_steps(program, session.kernels(*inner, scores), *inner, scores, part, slot))
+    backend = session.kernels(*inner, scores)
+    out, lse, kept = yield from inside(executor.forward_steps(program, backend, *inner, scores, part, slot))
     rows = yield from exchange.return_outputs(everyone, out, lse, call)
     return *rows, kept, arrived, lse.reshape(-1)
 
@@ -96,7 +97,7 @@ def backward_steps(
     lse = lse.view(exchange.inner_rows, exchange.mine.heads)
     _, program = _programs(session, exchange, scores, sinks is not None)
     backend = session.kernels(*inner, scores)
-    sums = run(executor.backward_steps(program, backend, dout, *inner, delta, lse, kept, scores, slot))
+    sums = yield from inside(executor.backward_steps(program, backend, dout, *inner, delta, lse, kept, scores, slot))
     gradients = yield from exchange.return_gradients(everyone, *sums, call)
     if sinks is None:
         return *gradients, out.new_empty(0)

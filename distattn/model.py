@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,9 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class InProgress(Protocol):
-    """Attention that has begun: ``compute`` once, then ``collect`` once, for the result [T, H, D]."""
+    """Attention that has begun: ``compute`` once, with others in turns, then ``collect`` once, for the result [T, H, D]."""
 
-    def compute(self) -> None: ...
+    def compute(self, *others: Any) -> None: ...
 
     def collect(self) -> Tensor: ...
 
@@ -121,8 +121,7 @@ class Block(nn.Module):
         """:meth:`forward` of several sequences. What one sends travels while another computes, there and back; the backward
         pass is the same in reverse."""
         attentions = [begin(*self.before(x, *angle)) for x, angle, begin in zip(xs, angles, begins, strict=True)]
-        for attention in attentions:
-            attention.compute()
+        attentions[0].compute(*attentions[1:])
         return tuple(self.after(x, attention.collect()) for x, attention in zip(xs, attentions, strict=True))
 
 
@@ -161,6 +160,7 @@ class Decoder(nn.Module):
         xs: tuple[Tensor, ...] = tuple(self.embedding(batch.tokens) for batch in batches)
         angles = [self._angles(batch.positions, x.dtype) for batch, x in zip(batches, xs, strict=True)]
         for block in self.blocks:
+            assert isinstance(block, Block)
             xs = block.together(xs, angles, [batch.begin for batch in batches])
         return torch.stack([self._loss(x, batch.labels) for x, batch in zip(xs, batches, strict=True)]).sum()
 

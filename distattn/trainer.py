@@ -97,8 +97,8 @@ class Trainer:
                 return self.model(tokens, positions, attend_with(self.cp, plan), labels)
             batches = []
             for slot, number in enumerate(numbers):
-                *rows, plan = self._rows(packer, number)
-                batches.append(NanoBatch(*rows, begin_with(self.cp, plan, slot)))
+                tokens, positions, labels, plan = self._rows(packer, number)
+                batches.append(NanoBatch(tokens, positions, labels, begin_with(self.cp, plan, slot)))
             return self.model.together(batches)
 
     def _rows(self, packer: Packer, number: int) -> tuple[Tensor, Tensor, Tensor, AttentionPlan]:

@@ -5,7 +5,7 @@ own rows back with all heads. One packed message a peer and exchange, all in one
 trades the other way round. What arrives is used where it lands: a message is a table of bytes, a row of the table a row of the
 sequence, and each tensor in it a view.
 
-An exchange is in two steps: its generator yields once, when all is posted.
+An exchange is in two steps: its generator yields once, when all is posted; True where that is the last of a call (``steps.py``).
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class HeadExchange:
         for i, memory in given.items():
             for target, source in zip(formats[i].views(memory), tensors(self.split.slices[i]), strict=True):
                 target.copy_(source)
-        yield from self._exchange(communicator, given, dict(enumerate(places)), awaited)
+        yield from self._exchange(communicator, given, dict(enumerate(places)), awaited, home=False)
         return arrived
 
     def _to_rows(
@@ -168,7 +168,7 @@ class HeadExchange:
         given = dict(enumerate(self._places(packed, mine)))
         came = {i: torch.empty(self.rows * formats[i].size, dtype=torch.uint8, device=packed.device) for i in self._others}
         came[self.part] = given[self.part]
-        yield from self._exchange(communicator, given, came, awaited)
+        yield from self._exchange(communicator, given, came, awaited, home=True)
         return [row_format.views(came[i]) for i, row_format in enumerate(formats)]
 
     def _places(self, memory: Tensor, row_format: RowFormat) -> list[Tensor]:
@@ -177,7 +177,7 @@ class HeadExchange:
         return [memory[a:b] for a, b in zip(borders, borders[1:], strict=False)]
 
     def _exchange(
-        self, communicator: Communicator, given: dict[int, Tensor], came: dict[int, Tensor], awaited: Awaited
+        self, communicator: Communicator, given: dict[int, Tensor], came: dict[int, Tensor], awaited: Awaited, home: bool
     ) -> Steps[None]:
         """One batch with the other ranks of the group. Ranks without rows neither get nor give."""
         first = communicator.rank - self.part
@@ -186,7 +186,7 @@ class HeadExchange:
         try:
             communicator.report(awaited)
             pending = communicator.post(LANE, sends, receives, awaited)
-            yield
+            yield home
             communicator.report(awaited)
             pending.wait()
         except GeneratorExit:  # dropped half-way, by whoever failed between the steps

@@ -22,7 +22,7 @@ from distattn.kernels.merge import merge_into
 from distattn.parallel.comm import Awaited, Communicator, Pending
 from distattn.parallel.plan import What
 from distattn.parallel.program import Batch, Buffer, Item, Launch, Message, Program
-from distattn.parallel.steps import InProgress, Steps, run
+from distattn.parallel.steps import InProgress, Steps, gives_turn, run
 
 
 @dataclass(eq=False)
@@ -196,15 +196,15 @@ class Executor:
         compute: Callable[[Launch, Callable[[What, int], Sequence[Tensor]]], None],
         call: int,
     ) -> Steps[None]:
-        """Boundary by boundary: await, unpack, pack, post, launch. Yields after the first posts and before the last boundary."""
+        """Boundary by boundary: await, unpack, pack, post, launch. Yields as ``steps.py`` says."""
         pending: dict[int, Pending] = {}
 
         def tensors(what: What, owner: int) -> Sequence[Tensor]:
             return own(what) if owner == program.rank else bound.tensors[id(program.buffers[what, owner])]
 
         for boundary in range(program.stages + 1):
-            if boundary == program.stages:
-                yield
+            if boundary == program.stages > 0 or gives_turn(boundary, program.stages):
+                yield boundary == program.stages
             self.communicator.report(Awaited(program.plan.direction, boundary, program.stages, call=call))
             self._zero(program.zeros[2 * boundary], bound)
             for batch in program.waits[boundary]:
@@ -216,10 +216,12 @@ class Executor:
             for batch in program.posts[boundary]:
                 pending[id(batch)] = self._post(batch, bound, tensors, call)
             if boundary == 0:
-                yield
+                yield False
             for launch in program.launches[boundary] if boundary < program.stages else ():
                 compute(launch, tensors)
             self._scrub(program, 2 * boundary + 1, bound)
+        if program.stages == 0:
+            yield True
 
     def _post(self, batch: Batch, bound: _Bound, tensors: Callable[[What, int], Sequence[Tensor]], call: int) -> Pending:
         for message in batch.sends:

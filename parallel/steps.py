@@ -1,16 +1,18 @@
 """A call of attention in three steps, so that other work runs between them: begin, compute, collect.
 
-A call is a generator that yields twice: when it has posted what travels first, and when it has computed and posted all that it
-can without waiting for what comes home. Several calls are in progress side by side, each in a slot of its own.
+A call is a generator. It yields when it has posted what travels first, then wherever another call may take its turn (False), and
+once (True) when all that is left is to wait for what comes home. Several calls are in progress side by side, each in a slot of
+its own; where they take turns depends on their plans alone, so that all ranks post in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-Steps = Generator[None, None, T]
+Steps = Generator[bool, None, T]
 
 
 def run(steps: Steps[T]) -> T:
@@ -22,48 +24,73 @@ def run(steps: Steps[T]) -> T:
             return end.value
 
 
+def inside(steps: Steps[T]) -> Steps[T]:
+    """A call within the computing of another: begun and collected without giving others a turn."""
+    next(steps)
+    while True:
+        try:
+            home = next(steps)
+        except StopIteration as end:
+            return end.value
+        if not home:
+            yield False
+
+
+def gives_turn(boundary: int, stages: int) -> bool:
+    """Whether a pass lets others go on before a boundary: inputs of a stage travel behind the kernels of the others.
+
+    Not before the last stage, so that what it posts is on its way home while the others compute their last.
+    """
+    return 0 < boundary < stages - 1
+
+
+@dataclass
+class _Call:
+    steps: Steps[Any]
+    home: bool = False  # nothing is left but what comes home
+
+
 class InProgress:
     """The calls of one rank that have begun, by slot. All ranks take the same steps in the same order."""
 
     def __init__(self) -> None:
-        self._steps: dict[int, Steps[Any]] = {}
+        self._calls: dict[int, _Call] = {}
 
     def begin(self, slot: int, steps: Steps[Any]) -> None:
         """Posts what travels first; neither waits nor computes."""
-        if slot in self._steps:
+        if slot in self._calls:
             raise RuntimeError(
                 f"Attention began in slot {slot}, where another call has not been collected. "
                 "Collect it first, or give calls that overlap slots of their own."
             )
-        self._steps[slot] = steps
+        self._calls[slot] = _Call(steps)
         self._next(slot)
 
-    def compute(self, slot: int) -> None:
-        """Waits for what arrives, computes, and posts what goes home."""
-        self._next(slot)
+    def compute(self, slots: Sequence[int]) -> None:
+        """Waits for what arrives, computes, and posts what goes home; the calls in turns, in this order."""
+        for slot in slots:
+            if self._begun(slot).home:
+                raise RuntimeError(f"Attention in slot {slot} was computed twice. Collect it after it was computed.")
+        left = list(slots)
+        while left:
+            left = [slot for slot in left if not self._next(slot)]
 
     def collect(self, slot: int) -> Any:
         """Waits for what comes home; returns what the call returns."""
-        steps = self._taken(slot)
-        del self._steps[slot]
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
-        raise RuntimeError(f"Attention in slot {slot} was collected before it was computed. Call compute() first.")
+        if not self._begun(slot).home:
+            raise RuntimeError(f"Attention in slot {slot} was collected before it was computed. Call compute() first.")
+        return run(self._calls.pop(slot).steps)
 
-    def _next(self, slot: int) -> None:
-        steps = self._taken(slot)
+    def _next(self, slot: int) -> bool:
+        call = self._calls[slot]
         try:
-            next(steps)
-        except StopIteration:
-            del self._steps[slot]
-            raise RuntimeError(f"Attention in slot {slot} was computed twice. Collect it after it was computed.") from None
+            call.home = next(call.steps)
         except BaseException:
-            del self._steps[slot]
+            del self._calls[slot]
             raise
+        return call.home
 
-    def _taken(self, slot: int) -> Steps[Any]:
-        if slot not in self._steps:
+    def _begun(self, slot: int) -> _Call:
+        if slot not in self._calls:
             raise RuntimeError(f"No attention is in progress in slot {slot}. Begin it first, with begin_attention().")
-        return self._steps[slot]
+        return self._calls[slot]

@@ -38,7 +38,7 @@ STRATEGIES = [
 ]
 LAYERS = 2
 MODEL = ModelConfig(vocab_size=32, dim=16, layers=LAYERS, heads=4, kv_heads=2, hidden_dim=24, dtype="float64")
-DOCUMENTS = [[30, 10, 24], [64], [1, 1, 60, 2]]
+DOCUMENTS = [[1, 1, 60, 2], [64], [30, 10, 24]]  # a ring of the last has fewer stages
 
 
 def name(strategy: object) -> str:
@@ -61,8 +61,7 @@ def test_attention_in_steps_is_attention_bit_by_bit(strategy: Strategy) -> None:
                 cp.begin_attention(*inputs, plan, slot, sinks=sinks, return_lse=True)
                 for slot, (inputs, plan) in enumerate(zip(local, plans, strict=True))
             ]
-            for call in calls:
-                call.compute()
+            calls[0].compute(*calls[1:])
             results = [call.collect() for call in calls]
         else:
             results = [cp.attention(*x, plan, sinks=sinks, return_lse=True) for x, plan in zip(local, plans, strict=True)]
@@ -170,24 +169,21 @@ class Watched(InProgress):
 
     def __init__(self, events: set[Any]) -> None:
         super().__init__()
-        self.events, self.turns = events, defaultdict(int)
+        self.events = events
+        self.turns: dict[int, int] = defaultdict(int)
         self.now = (0, 0, "")
 
-    def _step(self, slot: int, step: str, work: Callable[[], Any]) -> Any:
-        self.turns[slot] += step == "begin"
-        self.now = (self.turns[slot], slot, step)
-        found = work()
-        self.events.add(self.now)
-        return found
-
     def begin(self, slot: int, steps: Steps[Any]) -> None:
-        self._step(slot, "begin", lambda: super(Watched, self).begin(slot, steps))
+        self.turns[slot] += 1
+        super().begin(slot, steps)
 
-    def compute(self, slot: int) -> None:
-        self._step(slot, "compute", lambda: super(Watched, self).compute(slot))
-
-    def collect(self, slot: int) -> Any:
-        return self._step(slot, "collect", lambda: super(Watched, self).collect(slot))
+    def _next(self, slot: int) -> bool:
+        first = (self.turns[slot], slot, "begin") not in self.events
+        self.now = (self.turns[slot], slot, "begin" if first else "compute")
+        home = super()._next(slot)
+        if first or home:
+            self.events.add(self.now)
+        return home
 
 
 class Mark(torch.autograd.Function):
@@ -241,7 +237,7 @@ Rule = Callable[[Sent], tuple[int, int, str] | None]
 
 
 def first_beside_dense(sent: Sent) -> tuple[int, int, str] | None:
-    """What the first call of a layer sends when it begins travels beside the dense part of the other sequence: forward that before
+    """What the first call of a layer sends when it begins travels beside the other sequence's dense part: forward that before
     attention, backward that after it."""
     forward = sent.turn <= LAYERS
     if sent.step != "begin" or sent.slot != (0 if forward else 1):
@@ -348,6 +344,7 @@ def test_steps_out_of_order_are_refused() -> None:
     call.compute()
     with pytest.raises(RuntimeError, match="computed twice"):
         call.compute()
+    call.collect()
     with pytest.raises(RuntimeError, match="No attention is in progress in slot 0"):
         call.collect()
     with pytest.raises(RuntimeError, match="before it was computed"):

@@ -24,8 +24,8 @@ from distattn.parallel.layout import Layout
 from distattn.parallel.schedule import Schedule, make_schedule
 from distattn.parallel.schedules import SCHEDULES
 from distattn.parallel.shape import Shape
-from distattn.parallel.steps import run
 from distattn.parallel.statistics import exchange_bytes, schedule_bytes
+from distattn.parallel.steps import run
 from distattn.parallel.strategy import Strategy
 from distattn.parallel.verify import PlanError, _heads_once, verify_schedule
 from tests.parallel.plans import MASKS, make_mask
