@@ -48,13 +48,15 @@ def test_two_sequences_that_send_before_they_attend(before: float, kernel: float
 @pytest.mark.parametrize("after", [0.0, 0.5, 2.0])
 def test_what_comes_home_last(after: float) -> None:
     """Sums of the first come home while the second computes, those of the second while the first goes on."""
-    plan = plan_of(2, [[0, 1, 1000, 2, 1, 2], [1, 0, 1000, 2, 1, 2]], [[0, 0, 1000, 1000], [0, 1, 1000, 1000]], 2)
+    tasks = [[stage, rank, 1000, 1000] for stage in (0, 1) for rank in (0, 1)]
+    plan = plan_of(2, [[0, 1, 1000, 2, 1, 2], [1, 0, 1000, 2, 1, 2]], tasks, 2)
     plan.transfers[:, 2], plan.transfers[:, 5] = [1, 0], What.OUT
     message, k = 1000 * 4 * 65 * 4 / 1e9, seconds(1000, 1000)
     a = after * message
     times = simulate_layer([[plan]] * 2, [[plan]] * 2, [SHAPE], cluster(), Dense(0, a, 0, 0), True).forward
-    home = [k + message, max(2 * k, k + message) + message]
-    first = max(2 * k, home[0]) + a
+    # In turns: both stages 0, then each posts its sums and computes the rest.
+    home = [2 * k + message, max(3 * k, 2 * k + message) + message]
+    first = max(4 * k, home[0]) + a
     assert times.seconds == pytest.approx(max(first, home[1]) + a, **EXACT)
 
 
