@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import distattn
+from distattn.attention_steps import AttentionInProgress
 from distattn.head_exchange import ulysses_attention
 from distattn.kernels import RANKING
 from distattn.ops import HANDLES, Kernels, Session
@@ -210,6 +212,55 @@ class ContextParallel:
         Returns:
             out like q with D_v for D, in q's dtype.
         """
+        call = self._checked_call(q, k, v, plan, scale, softcap, sinks, return_lse, format, unsupported)
+        operator = ulysses_attention if plan.ulysses > 1 else attention_op
+        out, lse, *_ = operator(*call.inputs, plan.handle, call.scale, call.softcap)
+        return call.finish(out, lse)
+
+    def begin_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: AttentionPlan,
+        slot: int = 0,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+        return_lse: bool = False,
+        format: Format | None = None,
+        **unsupported: object,
+    ) -> AttentionInProgress:
+        """:meth:`attention` in three steps, for other work to stand between them: this posts what travels first, ``compute``
+        of what it returns computes, and ``collect`` returns what :meth:`attention` returns. The backward pass takes the steps in
+        reverse. All ranks take the same steps of the same calls in the same order.
+
+        Args:
+            slot: calls that are in progress together have different ones. Each has a workspace of its own, so that the memory for
+                what arrives is that of :meth:`attention` times the slots used.
+
+        Raises:
+            RuntimeError: another call is in progress in this slot.
+        """
+        if slot < 0:
+            raise ValueError(f"A slot is a number from 0 on. Found slot={slot}.")
+        call = self._checked_call(q, k, v, plan, scale, softcap, sinks, return_lse, format, unsupported)
+        return AttentionInProgress(call.inputs, plan.handle, slot, call.scale, call.softcap, call.finish)
+
+    def _checked_call(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: AttentionPlan,
+        scale: float | None,
+        softcap: float,
+        sinks: Tensor | None,
+        return_lse: bool,
+        format: Format | None,
+        unsupported: dict[str, object],
+    ) -> _Call:
+        """What the operators take, of what the user gave."""
         for name, value in unsupported.items():
             if name not in UNSUPPORTED:
                 raise TypeError(f"attention() got an unexpected keyword argument {name!r}")
@@ -233,10 +284,21 @@ class ContextParallel:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         if plan.ulysses > q.shape[1]:
             raise ValueError(f"{too_few_heads(q.shape[1], plan.ulysses)} {found}.")
-        operator = ulysses_attention if plan.ulysses > 1 else attention_op
-        out, lse, *_ = operator(q, k, v, sinks, plan.handle, float(scale), float(softcap))
-        out, lse = _unfold(out, format, batch), _unfold(lse, format, batch)
-        return (out, lse) if return_lse else out
+
+        def finish(out: Tensor, lse: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            out, lse = _unfold(out, format, batch), _unfold(lse, format, batch)
+            return (out, lse) if return_lse else out
+
+        return _Call((q, k, v, sinks), float(scale), float(softcap), finish)
+
+
+class _Call(NamedTuple):
+    """Inputs as the operators take them, and the way back to what the user asked for."""
+
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None]
+    scale: float
+    softcap: float
+    finish: Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
 
 
 def _size(group: dist.ProcessGroup | DeviceMesh | None) -> int:

@@ -97,6 +97,9 @@ class ParallelConfig:
     keep: str = key("last", f"received keys that stay until the backward pass: {', '.join(KEEP)}")
     cp: int = key(0, "ranks that share one sequence; 0 means all that dp leaves")
     dp: int = key(1, "groups of ranks with sequences of their own")
+    nano_batches: int = key(
+        1, "sequences that take each layer side by side, so that one computes while another's attention travels"
+    )
     backend: str = key("", f"attention kernel: {', '.join(BACKENDS)}; empty takes the fastest that can")
     checkpointing: str = key("none", f"what backward computes again: {', '.join(CHECKPOINTING)} (selective: all but attention)")
     compile: bool = key(False, "torch.compile each block")
@@ -351,9 +354,21 @@ def check_parallel(config: Config, world_size: int) -> None:
             f"train.sequences_per_step={config.train.sequences_per_step} is not divisible by parallel.dp={parallel.dp}: every "
             f"group takes the same number of sequences. Use train.sequences_per_step={parallel.dp}."
         )
+    check_nano_batches(config)
     if config.data.sequence_length < cp:
         raise ValueError(
             f"data.sequence_length={config.data.sequence_length} tokens cannot be spread over {cp} ranks. Use longer sequences."
+        )
+
+
+def check_nano_batches(config: Config) -> None:
+    parallel, sequences = config.parallel, config.train.sequences_per_step
+    _at_least("parallel.nano_batches", parallel.nano_batches, 1)
+    if sequences % (parallel.dp * parallel.nano_batches):
+        raise ValueError(
+            f"parallel.nano_batches={parallel.nano_batches} sequences take each layer side by side, but a step has "
+            f"train.sequences_per_step={sequences} for parallel.dp={parallel.dp} groups. Use a multiple of "
+            f"{parallel.dp * parallel.nano_batches} sequences (shorter ones, data.sequence_length, for the same tokens)."
         )
 
 

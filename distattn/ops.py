@@ -24,6 +24,7 @@ from distattn.parallel.executor import Executor
 from distattn.parallel.program import Program
 from distattn.parallel.rank_plan import RankPlan
 from distattn.parallel.shape import Shape
+from distattn.parallel.steps import Steps, run
 
 logger = logging.getLogger(__name__)
 
@@ -115,15 +116,43 @@ def _programs(session: Session, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor |
     return session.plan.programs(shape, scores, sinks is not None, session.executor.communicator)
 
 
+def forward_steps(
+    session: Session, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores, slot: int = 0
+) -> Steps[tuple[Tensor, Tensor, Tensor]]:
+    """(out, lse, kept bytes), in the three steps of ``steps.py``."""
+    program, _ = _programs(session, q, k, v, sinks, scores)
+    return session.executor.forward_steps(program, session.kernels(q, k, v, scores), q, k, v, scores, sinks, slot)
+
+
+def backward_steps(
+    session: Session,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    scores: Scores,
+    slot: int = 0,
+) -> Steps[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Gradients of q, k, v and of the sinks, in the three steps."""
+    _, program = _programs(session, q, k, v, sinks, scores)
+    dout, delta = upstream(dout, dlse, out)
+    backend = session.kernels(q, k, v, scores)
+    dq, dk, dv = yield from session.executor.backward_steps(program, backend, dout, q, k, v, delta, lse, kept, scores, slot)
+    dsinks = q.new_empty(0) if sinks is None else sinks_gradient(sinks, lse, delta)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
+
+
 @torch.library.custom_op("distattn::attention", mutates_args=())
 def attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, handle: int, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Local rows in, (out, lse, kept bytes) of local rows out. See :class:`distattn.ContextParallel`."""
-    session = HANDLES[handle]
-    scores = Scores(scale, softcap)
-    program, _ = _programs(session, q, k, v, sinks, scores)
-    return session.executor.forward(program, session.kernels(q, k, v, scores), q, k, v, scores, sinks)
+    return run(forward_steps(HANDLES[handle], q, k, v, sinks, Scores(scale, softcap)))
 
 
 @attention.register_fake
@@ -165,13 +194,7 @@ def attention_backward(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the sinks (of this rank's rows; empty without sinks)."""
-    session = HANDLES[handle]
-    scores = Scores(scale, softcap)
-    _, program = _programs(session, q, k, v, sinks, scores)
-    dout, delta = upstream(dout, dlse, out)
-    dq, dk, dv = session.executor.backward(program, session.kernels(q, k, v, scores), dout, q, k, v, delta, lse, kept, scores)
-    dsinks = q.new_empty(0) if sinks is None else sinks_gradient(sinks, lse, delta)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
+    return run(backward_steps(HANDLES[handle], dout, dlse, q, k, v, sinks, out, lse, kept, Scores(scale, softcap)))
 
 
 @attention_backward.register_fake
@@ -195,7 +218,10 @@ def _backward(ctx, dout, dlse, _):
 attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-SAVED = ("distattn.attention.default", "distattn.ulysses_attention.default")
+SAVED = {
+    f"distattn.{name}.default"
+    for name in ("attention", "ulysses_attention", "attention_begin", "attention_compute", "attention_collect")
+}
 
 
 def save_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> torch.utils.checkpoint.CheckpointPolicy:

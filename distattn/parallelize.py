@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from distattn.attention import AttentionPlan, ContextParallel
 from distattn.config import Config, ParallelConfig, context_ranks
-from distattn.model import Attend, Decoder, initial_value
+from distattn.model import Attend, Begin, Block, Decoder, initial_value
 from distattn.ops import save_attention
 from distattn.parallel.auto import Auto
 from distattn.parallel.cluster import load_cluster
@@ -99,6 +99,11 @@ def attend_with(cp: ContextParallel, plan: AttentionPlan) -> Attend:
     return cast(Attend, functools.partial(cp.attention, plan=plan))
 
 
+def begin_with(cp: ContextParallel, plan: AttentionPlan, slot: int) -> Begin:
+    """The same in steps, beside the attention of other sequences in other slots."""
+    return cast(Begin, functools.partial(cp.begin_attention, plan=plan, slot=slot))
+
+
 def parallelize(config: Config, world: World) -> Decoder:
     """The model with its initial parameters, the same in every world, sharded over the ranks of ``world``.
 
@@ -106,11 +111,11 @@ def parallelize(config: Config, world: World) -> Decoder:
     """
     with torch.device("meta"):
         model = Decoder(config.model, config.train.loss_rows, config.train.fused_loss).to(getattr(torch, config.model.dtype))
-    for number, block in enumerate(model.blocks):
+    for number, block in enumerate(cast("list[Block]", model.blocks)):
         fill(block, f"blocks.{number}.", config)
         recompute(block, config.parallel)
         if config.parallel.compile:
-            block.compile(fullgraph=True)
+            compile_block(block, config.parallel)
         shard(block, config.parallel, world)
     for name in ("embedding", "norm", "head"):
         fill(getattr(model, name), f"{name}.", config)
@@ -128,18 +133,28 @@ def fill(module: nn.Module, prefix: str, config: Config) -> None:
             parameter.copy_(initial_value(prefix + name, parameter.shape, config.model, config.train.seed))
 
 
-def recompute(block: nn.Module, parallel: ParallelConfig) -> None:
+def recompute(block: Block, parallel: ParallelConfig) -> None:
     """Backward computes the block again: all of it, or (selective) all but attention and its communication."""
     if parallel.checkpointing == "none":
         return
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in a block is random
     if parallel.checkpointing == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, save_attention)
-    block.forward = _checkpointed(block.forward, options)
+    block.forward = _checkpointed(block.forward, options)  # type: ignore[method-assign]
+    block.together = _checkpointed(block.together, options)  # type: ignore[method-assign]
 
 
-def _checkpointed(forward: Callable[..., Tensor], options: dict[str, Any]) -> Callable[..., Tensor]:
+def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
     return lambda *arguments: checkpoint(forward, *arguments, **options)
+
+
+def compile_block(block: Block, parallel: ParallelConfig) -> None:
+    """The block as one graph; with nano-batches its dense parts, as a graph cannot see the order of what stands between."""
+    if parallel.nano_batches == 1:
+        block.compile(fullgraph=True)
+        return
+    block.before = torch.compile(block.before, fullgraph=True)  # type: ignore[method-assign]
+    block.after = torch.compile(block.after, fullgraph=True)  # type: ignore[method-assign]
 
 
 def shard(module: nn.Module, parallel: ParallelConfig, world: World) -> None:
@@ -151,3 +166,4 @@ def shard(module: nn.Module, parallel: ParallelConfig, world: World) -> None:
     # Inputs are not cast: the cos and sin of the rotary positions would lose their last 16 bits.
     policy = MixedPrecisionPolicy(param_dtype=gather, reduce_dtype=torch.float32 if gather else None, cast_forward_inputs=False)
     fully_shard(module, mesh=world.flat, mp_policy=policy)
+    register_fsdp_forward_method(module, "together")

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import distattn
+from distattn.attention import AttentionPlan
 from distattn.checkpoint import Checkpoints, read_progress
 from distattn.config import Config, TrainConfig
 from distattn.data import Packer, open_tokens, split
 from distattn.metrics import Metrics, Pace, peak_memory, plot, progress_line
-from distattn.model import Decoder
-from distattn.parallelize import World, attend_with, context_parallel, parallelize
+from distattn.model import Decoder, NanoBatch
+from distattn.parallelize import World, attend_with, begin_with, context_parallel, parallelize
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ class Trainer:
         numbers = range(self.next_sequence, self.next_sequence + train.sequences_per_step)
         labels = max(1, sum(self.packer.sequence(number).labels for number in numbers))
         total = torch.zeros((), dtype=torch.float64, device=world.device)
-        for number in numbers[world.dp_rank :: world.dp]:
-            loss = self.loss_sum(self.packer, number)
+        mine, together = numbers[world.dp_rank :: world.dp], self.config.parallel.nano_batches
+        for first in range(0, len(mine), together):
+            loss = self.loss_sum(self.packer, *mine[first : first + together])
             # FSDP averages gradients over all ranks; what is wanted is their sum.
             (loss * (world.size / labels)).backward()
             total += loss.detach()
@@ -86,14 +88,26 @@ class Trainer:
         self.step, self.next_sequence = self.step + 1, numbers.stop
         return world.sum(total) / labels, norm
 
-    def loss_sum(self, packer: Packer, number: int) -> Tensor:
-        """Sum of the cross entropies of this rank's rows of a packed sequence. All ranks call this at the same time."""
+    def loss_sum(self, packer: Packer, *numbers: int) -> Tensor:
+        """Sum of the cross entropies of this rank's rows of packed sequences, several of which take each layer side by side.
+        All ranks call this at the same time."""
+        with self._autocast():
+            if len(numbers) == 1:
+                tokens, positions, labels, plan = self._rows(packer, numbers[0])
+                return self.model(tokens, positions, attend_with(self.cp, plan), labels)
+            batches = []
+            for slot, number in enumerate(numbers):
+                tokens, positions, labels, plan = self._rows(packer, number)
+                batches.append(NanoBatch(tokens, positions, labels, begin_with(self.cp, plan, slot)))
+            return self.model.together(batches)
+
+    def _rows(self, packer: Packer, number: int) -> tuple[Tensor, Tensor, Tensor, AttentionPlan]:
+        """Tokens, positions and labels of this rank's rows of a sequence, and the plan of its documents."""
         sequence = packer.sequence(number)
         plan = self.cp.plan(distattn.documents(sequence.lengths.tolist()))
         rows = sequence.rows(plan.layout.positions(self.cp.rank))
         tokens, labels, positions = (part.to(self.world.device) for part in rows)
-        with self._autocast():
-            return self.model(tokens, positions, attend_with(self.cp, plan), labels)
+        return tokens, positions, labels, plan
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
