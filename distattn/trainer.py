@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 import distattn
 from distattn.checkpoint import Checkpoints, read_progress
 from distattn.config import Config, TrainConfig
-from distattn.data import Packer, open_tokens, split
+from distattn.data import make_packers
 from distattn.metrics import Metrics, Pace, peak_memory, plot, progress_line
 from distattn.model import Decoder
 from distattn.parallelize import World, attend_with, context_parallel, parallelize
@@ -193,16 +193,6 @@ class Trainer:
             plot(runs, result.plot, self.packer.file.unit)
         self.say(f"plot        {result.plot}\nmetrics     {result.metrics}\ncheckpoint  {result.checkpoint}")
         return result
-
-
-def make_packers(config: Config) -> tuple[Packer, Packer | None]:
-    """Sequences to train on, and held-out ones (None where nothing is held out)."""
-    data = config.data
-    file = open_tokens(data.path, verify=False)  # launch/train.py has verified it, once a machine
-    file.check_vocabulary(config.model.vocab_size)
-    training, held_out = split(file.meta["documents"], data.held_out, data.seed)
-    options = (data.sequence_length, data.seed, data.longest_document)
-    return Packer(file, training, *options), Packer(file, held_out, *options) if len(held_out) else None
 
 
 def make_optimizer(model: Decoder, train: TrainConfig) -> torch.optim.Optimizer:
