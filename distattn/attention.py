@@ -170,8 +170,8 @@ class ContextParallel:
         recipe, mine = prepared.recipe, (self.world, self.rank, self.pad_to_equal, distattn.__version__)
         if (recipe.world, recipe.rank, recipe.pad_to_equal, recipe.version) != mine:
             raise ValueError(
-                f"Rank {self.rank} of {self.world} (pad_to_equal={self.pad_to_equal}, version {distattn.__version__}) was given a "
-                f"plan prepared by {recipe}. Prepare it with this rank's own cp.recipe(mask)."
+                f"Rank {self.rank} of {self.world} (pad_to_equal={self.pad_to_equal}, version {distattn.__version__}) was given "
+                f"a plan prepared by {recipe}. Prepare it with this rank's own cp.recipe(mask)."
             )
         found = self._cached(prepared.mask, recipe.strategy)
         if found is None:

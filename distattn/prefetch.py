@@ -1,8 +1,8 @@
 """Sequences made ready ahead of time: rows read, plans made and compiled by a process beside each rank, while a step runs.
 
-The process gets the configuration, and then jobs in the order in which they will be needed; all else it reads for itself. It knows
-no other rank and no device: agreeing on a plan is left to the rank. What it makes is a function of the job, so a rank makes
-for itself what is needed before the process is up, and nothing else changes.
+The process gets the configuration, and then jobs in the order in which they will be needed; all else it reads for itself. It
+knows no other rank and no device: agreeing on a plan is left to the rank. What it makes is a function of the job alone, so a
+rank may as well make for itself what it needs before the process is up.
 
 It is started afresh (spawned, not forked: process groups and CUDA do not live through a fork), leaves interrupts to the rank,
 and ends when its pipe does, however the rank ends.
@@ -10,9 +10,11 @@ and ends when its pipe does, however the rank ends.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import pickle
 import signal
+import threading
 import time
 import traceback
 import weakref
@@ -20,8 +22,9 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +35,8 @@ from distattn.data import Packer, Rows, make_packers
 from distattn.parallel.mask import documents
 from distattn.parallel.rank_plan import Call, RankPlan, Recipe
 
-FAREWELL = 5.0  # seconds that the process has to end
+NOTICEABLE = 0.01  # of a step
+FAREWELL = 5.0  # seconds between the end of a pipe and that of its process
 
 
 class Job(NamedTuple):
@@ -100,15 +104,23 @@ def timed(answers: Iterator[Any]) -> Iterator[tuple[float, Any]]:
 
 @dataclass
 class Spent:
-    """Seconds of making sequences ready, and of waiting for them."""
+    """Seconds of making sequences ready, of waiting for them, and of agreeing on their plans."""
 
     made: float = 0.0
     waited: float = 0.0
+    agreed: float = 0.0
+    """in the agreements of all ranks on plans, with waiting for the last of them"""
 
     @property
     def hidden(self) -> float:
         """The part that nobody waited for."""
         return max(0.0, 1 - self.waited / self.made) if self.made else 1.0
+
+    def text(self, steps: int, seconds: float) -> str:
+        """For the progress line, after so many steps in so many seconds; empty where planning is too short to matter."""
+        if self.made < NOTICEABLE * seconds:
+            return ""
+        return f"plan {self.made / steps * 1e3:.3g} ms hidden {self.hidden:.0%}"
 
 
 class Prefetch:
@@ -167,7 +179,7 @@ class Prefetch:
 
 
 class Worker:
-    """The process, as the rank sees it."""
+    """The process, as the rank sees it. A thread reads its answers, so that none is waited for or unpickled by the step."""
 
     def __init__(self, source: Source) -> None:
         context = multiprocessing.get_context("spawn")
@@ -175,38 +187,39 @@ class Worker:
         self._process: BaseProcess = context.Process(target=serve, args=(theirs, source), name="prefetch", daemon=True)
         self._process.start()
         theirs.close()  # so that the pipe ends with the process
-        self._close = weakref.finalize(self, _end, self._process, self._pipe)
+        self._answers: SimpleQueue[Any] = SimpleQueue()
+        threading.Thread(target=receive, args=(self._pipe, self._answers), name="prefetch", daemon=True).start()
+        self._end = weakref.finalize(self, end, self._process)
         self._up = False
 
     @property
     def ready(self) -> bool:
         """Whether it takes jobs by now. Does not wait."""
-        if not self._up and self._pipe.poll():
-            self._up = self._receive() is None
+        if not self._up and not self._answers.empty():
+            self._up = self._next(0.0) is None
         return self._up
 
     def send(self, job: Job, speeds: tuple[int, ...] | None) -> None:
-        try:
+        with contextlib.suppress(OSError):  # it is gone: the next answer says so
             self._pipe.send((job, speeds))
-        except OSError:
-            raise self._gone() from None
 
     def answers(self, count: int, timeout: float) -> Iterator[tuple[float, Any]]:
         for _ in range(count):
-            if not wait([self._pipe, self._process.sentinel], timeout):
-                raise RuntimeError(
-                    f"The process that prepares sequences has not answered for {timeout:g} s. data.workers=0 does without it."
-                )
-            yield self._receive()
+            yield self._next(timeout)
 
     def close(self) -> None:
-        self._close()
+        self._end()
 
-    def _receive(self) -> Any:
+    def _next(self, timeout: float) -> Any:
         try:
-            answer = pickle.loads(self._pipe.recv_bytes())
-        except (EOFError, OSError):
-            raise self._gone() from None
+            answer = self._answers.get(timeout=timeout)
+        except Empty:
+            raise RuntimeError(
+                f"The process that prepares sequences has not answered for {timeout:g} s. data.workers=0 does without it."
+            ) from None
+        if isinstance(answer, EOFError):
+            self._answers.put(answer)
+            raise self._gone()
         if isinstance(answer, Raised):
             raise answer.error from RuntimeError(f"in the process that prepares sequences:\n{answer.stack}")
         return answer
@@ -220,19 +233,28 @@ class Worker:
         )
 
 
+def receive(pipe: Connection, answers: SimpleQueue[Any]) -> None:
+    """What comes, to the end."""
+    try:
+        while True:
+            answers.put(pickle.loads(pipe.recv_bytes()))
+    except OSError:
+        answers.put(EOFError())
+    except EOFError as error:
+        answers.put(error)
+
+
+def end(process: BaseProcess) -> None:
+    """At once: it has nothing to finish, and its pipe ends with it."""
+    process.kill()
+    process.join()
+
+
 class Raised(NamedTuple):
     """What ended the process."""
 
     error: Exception
     stack: str
-
-
-def _end(process: BaseProcess, pipe: Connection) -> None:
-    pipe.close()
-    process.join(FAREWELL)
-    if process.is_alive():
-        process.kill()
-        process.join()
 
 
 def serve(pipe: Connection, source: Source) -> None:
@@ -263,4 +285,3 @@ def _portable(error: Exception) -> Exception:
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
-

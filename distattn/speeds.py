@@ -6,9 +6,11 @@ noise: a rank is moved when the median over its last steps lies far from where i
 
 from __future__ import annotations
 
+import struct
 from collections import deque
 from collections.abc import Sequence
 
+from distattn.attention import ContextParallel
 from distattn.kernels.timed import Busy
 
 UNIT = 64  # the speed of the median rank
@@ -36,7 +38,10 @@ class Speeds:
         assert len(step) == len(self.current)
         before = self._rates[-1] if self._rates else [0] * len(step)
         self._rates.append(
-            [(busy.work << 20) // busy.nanoseconds if busy.work and busy.nanoseconds else b for busy, b in zip(step, before, strict=True)]
+            [
+                (busy.work << 20) // busy.nanoseconds if busy.work and busy.nanoseconds else b
+                for busy, b in zip(step, before, strict=True)
+            ]
         )
         if len(self._rates) < WINDOW:
             return False
@@ -59,6 +64,14 @@ def _moved(stands: int, measured: int) -> int:
     if abs(measured - UNIT) <= TOLERANCE * UNIT:
         return UNIT
     return max(GRAIN, measured // GRAIN * GRAIN)
+
+
+def gather(cp: ContextParallel) -> list[Busy]:
+    """What the kernels of every rank of the group have done since this was last asked."""
+    assert cp.stopwatch is not None, "ContextParallel(timed=True) has one"
+    return [
+        Busy(*struct.unpack("<qq", came)) for came in cp.communicator.all_gather_bytes(struct.pack("<qq", *cp.stopwatch.take()))
+    ]
 
 
 def given(speeds: Sequence[float]) -> tuple[int, ...]:

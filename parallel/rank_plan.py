@@ -158,7 +158,7 @@ class RankPlan:
         if shape not in self._programs:
             rotation = self._rotations[shape] = self.schedule.rotation(shape)
             if rotation not in self._backward:
-                self._backward[rotation] = self.schedule.backward(rotation).view(self.forward.rank)
+                self._backward[rotation] = self.schedule.backward(rotation).view(self.rank // self.ulysses)
             backward = self._backward[rotation]
             keep = {(What(what), owner) for _, owner, _, _, what in backward.kept.tolist()}
             forward = compile_program(self.forward, shape, keep)
@@ -213,7 +213,7 @@ def agree(communicator: Communicator, digest: bytes, said: str, subject: str, vi
 
 
 def _balance(rank: int, digests: Sequence[bytes]) -> bytes:
-    """The digests of the messages with each peer, added for higher peers and subtracted for lower: 0 in the sum over all ranks."""
+    """Digests of the messages with each peer, added for higher peers, subtracted for lower: 0 in the sum over all ranks."""
     numbers = [int.from_bytes(digest, "little") for digest in digests]
     return ((sum(numbers[rank + 1 :]) - sum(numbers[:rank])) % 2**64).to_bytes(8, "little")
 
