@@ -56,6 +56,11 @@ class Speeds:
         changed, self.current = found != self.current, found
         return changed
 
+    def text(self, first: int) -> str:
+        """Which ranks are not of the usual speed, in words; ``first`` is what the run calls the first of them."""
+        unusual = [f"rank {first + rank} at {speed / UNIT:.2f}" for rank, speed in enumerate(self.current) if speed != UNIT]
+        return f"attention of {', '.join(unusual)} of the usual speed" if unusual else "attention of all ranks at the usual speed"
+
 
 def _moved(stands: int, measured: int) -> int:
     """Where a rank stands after a measurement: the same place, the median rank's, or a place of its own."""

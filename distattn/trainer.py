@@ -120,16 +120,7 @@ class Trainer:
         """Speeds after this step, for what is asked for from now on: at the same point of the run on all ranks."""
         changed = speeds.add(gather(self.cp))
         if changed and self.cp.rank == 0:  # every group of ranks that share a sequence says its own
-            first = self.world.rank
-            said = ", ".join(
-                f"rank {first + rank} {speed / UNIT:.2f}" for rank, speed in enumerate(speeds.current) if speed != UNIT
-            )
-            print(
-                f"step {self.step}: attention runs at the same speed on all ranks"
-                if not said
-                else f"step {self.step}: attention speed of {said} of the usual",
-                flush=True,
-            )
+            print(f"step {self.step}  {speeds.text(self.world.rank)}", flush=True)
         if self.config.parallel.schedule in TAKE_SPEEDS:
             self.prefetch.speeds = speeds.current
 

@@ -22,7 +22,6 @@ class Strategy:
         stages: of a gather, after the local one.
         in_flight: of a tree, owners whose queries are under way at once.
         rotate: what travels in the backward pass of a ring: "kv", "q", or "auto" for what is fewer bytes.
-        speeds: of the ranks, whole numbers of which only the proportions count; None: all alike.
         keep: what received inputs stay on a rank until the backward pass: "last" stage's, "all" or "none".
     """
 
@@ -34,7 +33,6 @@ class Strategy:
     in_flight: int | None = None
     rotate: Rotate = "auto"
     keep: Keep = "last"
-    speeds: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         default = Strategy()

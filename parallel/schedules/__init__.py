@@ -92,8 +92,6 @@ SCHEDULES: dict[str, Named] = {
     ),
 }
 
-TAKE_SPEEDS = ("disaggregate",)  # schedules that share out work by the speeds of the ranks
-
 
 def checked_strategy(strategy: Strategy | str, world: int) -> Strategy:
     """The strategy if it can be built for ``world`` ranks.
@@ -114,11 +112,9 @@ def checked_strategy(strategy: Strategy | str, world: int) -> Strategy:
         value = getattr(s, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name} must be a whole number of 1 or more. Found {value!r}.")
-    for name, takers in (("stages", ("gather",)), ("in_flight", ("tree",)), ("speeds", TAKE_SPEEDS)):
+    for name, takers in (("stages", ("gather",)), ("in_flight", ("tree",))):
         if getattr(s, name) is not None and s.schedule not in takers:
             raise ValueError(f"{name} is an option of {', '.join(takers)}; {s.schedule} has none. Leave it out.")
-    if s.speeds is not None and (len(s.speeds) != world or not all(isinstance(x, int) and x > 0 for x in s.speeds)):
-        raise ValueError(f"speeds must be {world} whole numbers of 1 or more, one a rank of the group. Found {s.speeds!r}.")
     if s.layout is not None and s.schedule in LAYOUTS and s.layout != s.schedule:
         raise ValueError(f"{s.schedule} is a ring on the {s.schedule} layout. For a ring on {s.layout}, ask for schedule 'ring'.")
     if world % s.ulysses:
