@@ -16,6 +16,7 @@ import distattn
 from distattn.attention_steps import AttentionInProgress
 from distattn.head_exchange import ulysses_attention
 from distattn.kernels import RANKING
+from distattn.kernels.timed import Stopwatch
 from distattn.ops import HANDLES, Kernels, Session
 from distattn.ops import attention as attention_op
 from distattn.parallel.auto import Auto
@@ -25,7 +26,7 @@ from distattn.parallel.executor import Executor
 from distattn.parallel.head_split import too_few_heads
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
-from distattn.parallel.rank_plan import RankPlan, make_rank_plan
+from distattn.parallel.rank_plan import RankPlan, Recipe
 from distattn.parallel.schedules import checked_strategy
 from distattn.parallel.strategy import Strategy
 from distattn.parallel.transpose import Keep
@@ -82,6 +83,7 @@ class ContextParallel:
         timeout: seconds after which a peer that does not answer is an error.
         cached_plans: plans that stay ready, by mask.
         communicator: a ready connection instead of ``group`` (ranks as threads, say).
+        timed: count the seconds and the work of this rank's kernels, in ``stopwatch``.
 
     Raises:
         ValueError: for an unknown schedule, backend or option, or a mesh of more than one dimension.
@@ -99,6 +101,7 @@ class ContextParallel:
         timeout: float = 600.0,
         cached_plans: int = 32,
         communicator: Communicator | None = None,
+        timed: bool = False,
     ):
         if backend is not None and backend not in RANKING:
             raise ValueError(
@@ -128,8 +131,9 @@ class ContextParallel:
         self.strategy, self.home, self.pad_to_equal = strategy, home, pad_to_equal
         self.cached_plans = cached_plans
         self._executors: dict[int, Executor] = {}  # by the degree of the head exchange around their plans
-        self._plans: OrderedDict[bytes, AttentionPlan] = OrderedDict()
-        self._kernels = Kernels(backend)
+        self._plans: OrderedDict[tuple[bytes, Strategy], AttentionPlan] = OrderedDict()
+        self.stopwatch = Stopwatch() if timed else None
+        self._kernels = Kernels(backend, self.stopwatch)
 
     @property
     def rank(self) -> int:
@@ -147,18 +151,46 @@ class ContextParallel:
         """
         if not isinstance(mask, Mask):
             raise ValueError(f"plan() needs a mask, such as distattn.causal(n) or distattn.documents(lengths). Found {mask!r}.")
-        found = self._plans.get(mask.digest)
+        recipe = self.recipe(mask)
+        return self._cached(mask, recipe.strategy) or self.adopt(recipe.prepare(mask))
+
+    def recipe(self, mask: Mask) -> Recipe:
+        """What makes this rank's plans for such masks without asking other ranks: plain data, for another process or thread.
+
+        ``cp.adopt(recipe.prepare(mask, calls))`` is ``cp.plan(mask)``, with all the planning in ``prepare``.
+        """
+        strategy = self.strategy.choose(mask, self.world) if isinstance(self.strategy, Auto) else self.strategy
+        return Recipe(strategy, self.world, self.rank, self.pad_to_equal, distattn.__version__)
+
+    def adopt(self, prepared: RankPlan) -> AttentionPlan:
+        """The plan that a recipe of this object has prepared, cached. All ranks must come with the same plans in the same order.
+
+        Raises:
+            ValueError: it was prepared for another rank, world or version.
+            PlanMismatch: naming the ranks that came with something else.
+        """
+        recipe, mine = prepared.recipe, (self.world, self.rank, self.pad_to_equal, distattn.__version__)
+        if (recipe.world, recipe.rank, recipe.pad_to_equal, recipe.version) != mine:
+            raise ValueError(
+                f"Rank {self.rank} of {self.world} (pad_to_equal={self.pad_to_equal}, version {distattn.__version__}) was given "
+                f"a plan prepared by {recipe}. Prepare it with this rank's own cp.recipe(mask)."
+            )
+        found = self._cached(prepared.mask, recipe.strategy)
         if found is None:
-            strategy = self.strategy.choose(mask, self.world) if isinstance(self.strategy, Auto) else self.strategy
-            made = make_rank_plan(self.communicator, mask, strategy, self.pad_to_equal, distattn.__version__)
-            ulysses = made.schedule.ulysses
-            session = Session(made, self._executor(ulysses), self._kernels, self.home)
-            local = LocalRows(made.layout, mask, self.rank)
-            found = AttentionPlan(made, local, session, HANDLES.add(session), made.rows, ulysses)
-            self._plans[mask.digest] = found
+            prepared.agree(self.communicator)
+            ulysses = prepared.ulysses
+            session = Session(prepared, self._executor(ulysses), self._kernels, self.home)
+            local = LocalRows(prepared.layout, prepared.mask, self.rank)
+            found = AttentionPlan(prepared, local, session, HANDLES.add(session), prepared.rows, ulysses)
+            self._plans[prepared.mask.digest, recipe.strategy] = found
             while len(self._plans) > self.cached_plans:
                 self._plans.popitem(last=False)
-        self._plans.move_to_end(mask.digest)
+        return found
+
+    def _cached(self, mask: Mask, strategy: Strategy) -> AttentionPlan | None:
+        found = self._plans.get((mask.digest, strategy))
+        if found is not None:
+            self._plans.move_to_end((mask.digest, strategy))
         return found
 
     def _executor(self, ulysses: int) -> Executor:

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 SCHEDULES = ("ring", "zigzag", "striped", "double_ring", "gather", "tree", "disaggregate", "auto")
+TAKE_SPEEDS = ("disaggregate",)  # schedules that share out work by the speeds of the ranks
+SPEEDS = ("equal", "measure")
+SLOWEST = 1 / 64  # of the fastest rank; slower ones are of no use
 LAYOUTS = ("contiguous", "zigzag", "striped")
 ROTATE = ("auto", "kv", "q")
 KEEP = ("last", "all", "none")
@@ -58,6 +61,9 @@ class DataConfig:
     longest_document: int = key(0, "documents of more tokens are cut into parts of this many, each its own document; 0 does not")
     held_out: float = key(0.02, "part of the documents that is never trained on, but evaluated")
     seed: int = key(0, "of the order of the documents and of the choice of those held out")
+    workers: int = key(
+        1, "processes beside each rank that read and plan the next sequences while a step runs; 0 does it in the step"
+    )
     verify: bool = key(True, "compare the checksum of the token file before training (reads it once)")
 
 
@@ -95,6 +101,7 @@ class ParallelConfig:
     in_flight: int = key(0, "owners whose queries travel at once in a tree; 0 is its own choice")
     rotate: str = key("auto", f"what travels in the backward pass of a ring: {', '.join(ROTATE)} (auto: fewer bytes)")
     keep: str = key("last", f"received keys that stay until the backward pass: {', '.join(KEEP)}")
+    speeds: Any = key("equal", "of the ranks: equal, measure (over the last steps), or one number a rank, [1, 1, 0.5, 1]")
     cp: int = key(0, "ranks that share one sequence; 0 means all that dp leaves")
     dp: int = key(1, "groups of ranks with sequences of their own")
     nano_batches: int = key(
@@ -275,6 +282,8 @@ def check_model(model: ModelConfig) -> None:
 def check_data(data: DataConfig) -> None:
     _at_least("data.sequence_length", data.sequence_length, 2)
     _at_least("data.longest_document", data.longest_document or 2, 2)
+    if data.workers not in (0, 1):
+        raise ValueError(f"data.workers={data.workers} must be 1, or 0 to prepare sequences in the step that needs them.")
     if not data.path:
         raise ValueError("data.path is empty: name a folder made by prepare, or a new one together with data.source=stdlib.")
     if not 0 <= data.held_out < 1:
@@ -344,6 +353,7 @@ def check_parallel(config: Config, world_size: int) -> None:
             raise ValueError(
                 f"parallel.{name}={degree} does not divide the {cp} ranks that share a sequence. Use a divisor of {cp}."
             )
+    check_speeds(parallel, cp)
     if parallel.ulysses > config.model.heads:
         raise ValueError(
             f"parallel.ulysses={parallel.ulysses} ranks cannot share model.heads={config.model.heads} query heads. "
@@ -369,6 +379,29 @@ def check_nano_batches(config: Config) -> None:
             f"parallel.nano_batches={parallel.nano_batches} sequences take each layer side by side, but a step has "
             f"train.sequences_per_step={sequences} for parallel.dp={parallel.dp} groups. Use a multiple of "
             f"{parallel.dp * parallel.nano_batches} sequences (shorter ones, data.sequence_length, for the same tokens)."
+        )
+
+
+def check_speeds(parallel: ParallelConfig, cp: int) -> None:
+    speeds = parallel.speeds
+    if isinstance(speeds, str):
+        _one_of("parallel.speeds", speeds, SPEEDS)
+        return
+    if not isinstance(speeds, list) or not all(type(x) in (int, float) and 0 < x < math.inf for x in speeds):
+        raise ValueError(
+            f"parallel.speeds={speeds!r} is neither {' nor '.join(SPEEDS)} nor a list of positive numbers like [1, 1, 0.5, 1]."
+        )
+    if parallel.schedule not in TAKE_SPEEDS:
+        raise ValueError(
+            f"parallel.speeds={speeds} is of use to {', '.join(TAKE_SPEEDS)} only: {parallel.schedule} gives ranks their work "
+            "whatever their speed. Leave it out."
+        )
+    if len(speeds) != cp:
+        raise ValueError(f"parallel.speeds={speeds} has {len(speeds)} numbers for the {cp} ranks that share a sequence.")
+    if min(speeds) < SLOWEST * max(speeds):
+        raise ValueError(
+            f"parallel.speeds={speeds}: a rank of less than 1/{round(1 / SLOWEST)} of the fastest one's speed cannot take part. "
+            "Leave that rank out of the run."
         )
 
 

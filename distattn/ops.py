@@ -10,7 +10,7 @@ import itertools
 import logging
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distattn.kernels import Choice, choose
 from distattn.kernels.contract import Backend, Scores, accumulate_dtype
+from distattn.kernels.timed import Stopwatch, Timed
 from distattn.parallel.exchange import HeadExchange
 from distattn.parallel.executor import Executor
 from distattn.parallel.program import Program
@@ -30,17 +31,20 @@ logger = logging.getLogger(__name__)
 
 
 class Kernels:
-    """Which backend runs which kind of call, chosen once per kind and said once to the log."""
+    """Which backend runs which kind of call, chosen once per kind and said once to the log; timed where there is a stopwatch."""
 
-    def __init__(self, prefer: str | None = None):
-        self.prefer = prefer
+    def __init__(self, prefer: str | None = None, stopwatch: Stopwatch | None = None):
+        self.prefer, self.stopwatch = prefer, stopwatch
         self.chosen: dict[str, Choice] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Backend:
         kind = f"{q.dtype} on {q.device.type}, head sizes {q.shape[2]} and {v.shape[2]}"
         chosen = self.chosen.get(kind)
         if chosen is None or chosen.backend.reject(q, k, v, scores) is not None:  # a scale or a stride may be refused later
-            choice = self.chosen[kind] = choose(q, k, v, scores, self.prefer)
+            choice = choose(q, k, v, scores, self.prefer)
+            if self.stopwatch is not None:
+                choice = replace(choice, backend=Timed(choice.backend, self.stopwatch))
+            self.chosen[kind] = choice
             slow = choice.backend.name == "reference" and self.prefer is None
             reasons = "".join(f"; not {r}" for r in choice.reasons)
             logger.log(

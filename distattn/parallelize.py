@@ -25,10 +25,12 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from distattn.attention import AttentionPlan, ContextParallel
 from distattn.config import Config, ParallelConfig, context_ranks
+from distattn.kernels.contract import Scores
 from distattn.model import Attend, Begin, Block, Decoder, initial_value
 from distattn.ops import save_attention
 from distattn.parallel.auto import Auto
 from distattn.parallel.cluster import load_cluster
+from distattn.parallel.rank_plan import Call
 from distattn.parallel.shape import Shape
 from distattn.parallel.strategy import Rotate, Strategy
 from distattn.parallel.transpose import Keep
@@ -71,9 +73,7 @@ def context_parallel(config: Config, world: World) -> ContextParallel:
     group = None if world.mesh is None else world.mesh["cp"]
     schedule: Strategy | Auto
     if parallel.schedule == "auto":
-        model, width = config.model, config.model.head_width
-        shape = Shape(model.heads, model.kv_heads, width, width, _attention_dtype(config, world))
-        schedule = Auto(shape, load_cluster(parallel.cluster), keep=cast(Keep, parallel.keep))
+        schedule = Auto(attention_call(config, world).shape, load_cluster(parallel.cluster), keep=cast(Keep, parallel.keep))
     else:
         schedule = Strategy(
             parallel.schedule,
@@ -85,13 +85,16 @@ def context_parallel(config: Config, world: World) -> ContextParallel:
             cast(Rotate, parallel.rotate),
             cast(Keep, parallel.keep),
         )
-    return ContextParallel(group, schedule, backend=parallel.backend or None, timeout=parallel.timeout)
+    timed = parallel.speeds == "measure"
+    return ContextParallel(group, schedule, backend=parallel.backend or None, timeout=parallel.timeout, timed=timed)
 
 
-def _attention_dtype(config: Config, world: World) -> torch.dtype:
-    """What queries and keys come in."""
+def attention_call(config: Config, world: World) -> Call:
+    """How the model calls attention."""
     autocast = world.device.type == "cuda" and config.train.autocast
-    return torch.bfloat16 if autocast else cast(torch.dtype, getattr(torch, config.model.dtype))
+    dtype = torch.bfloat16 if autocast else cast(torch.dtype, getattr(torch, config.model.dtype))
+    model, width = config.model, config.model.head_width
+    return Call(Shape(model.heads, model.kv_heads, width, width, dtype), Scores(width**-0.5))
 
 
 def attend_with(cp: ContextParallel, plan: AttentionPlan) -> Attend:
