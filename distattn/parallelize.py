@@ -32,7 +32,7 @@ from distattn.parallel.auto import Auto
 from distattn.parallel.cluster import load_cluster
 from distattn.parallel.rank_plan import Call
 from distattn.parallel.shape import Shape
-from distattn.parallel.strategy import Rotate, Strategy
+from distattn.parallel.strategy import Balance, Rotate, Strategy
 from distattn.parallel.transpose import Keep
 
 
@@ -84,9 +84,21 @@ def context_parallel(config: Config, world: World) -> ContextParallel:
             parallel.in_flight or None,
             cast(Rotate, parallel.rotate),
             cast(Keep, parallel.keep),
+            balance=balance_of(config, world) if parallel.schedule == "disaggregate" else None,
         )
     timed = parallel.speeds == "measure"
     return ContextParallel(group, schedule, backend=parallel.backend or None, timeout=parallel.timeout, timed=timed)
+
+
+def balance_of(config: Config, world: World) -> Balance:
+    """How a disaggregation shares out the work of the model's attention."""
+    parallel = config.parallel
+    return Balance.of(
+        attention_call(config, world).shape,
+        tolerance=parallel.tolerance or None,
+        receive_rows=parallel.receive_rows or None,
+        smallest=parallel.smallest,
+    )
 
 
 def attention_call(config: Config, world: World) -> Call:

@@ -20,7 +20,7 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -90,8 +90,11 @@ class Source:
 
 
 def at_speeds(recipe: Recipe, speeds: tuple[int, ...] | None) -> Recipe:
-    """The recipe for ranks of these speeds. No schedule here shares out work by them: the same recipe."""
-    return recipe
+    """The recipe for ranks of these speeds: another one where its schedule shares out work by them."""
+    if speeds is None or recipe.strategy.balance is None:
+        return recipe
+    balance = replace(recipe.strategy.balance, speeds=speeds)
+    return replace(recipe, strategy=replace(recipe.strategy, balance=balance))
 
 
 def timed(answers: Iterator[Any]) -> Iterator[tuple[float, Any]]:
