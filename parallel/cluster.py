@@ -60,6 +60,11 @@ class Curve:
         low, high = int(at), min(int(at) + 1, len(sizes) - 1)
         return np.exp2(values[low] * (1 - (at - low)) + values[high] * (at - low))
 
+    def best(self, head_size: int) -> float:
+        """The most that :meth:`share` is for any side."""
+        sides = np.concatenate([list(points) for points in self.efficiency.values()])
+        return float(self.share(sides, head_size).max())
+
 
 @dataclass(frozen=True)
 class Kernel:

@@ -26,7 +26,6 @@ from distattn.parallel.plan import (
     OWNER,
     POST,
     Q_OWNER,
-    RANK,
     SRC,
     STAGE,
     START,
@@ -395,16 +394,18 @@ def _describe(message: Message) -> str:
 
 def _launches(plan: Plan, rank: int, packings: dict[tuple[bool, int], Packing]) -> list[list[Launch]]:
     """The tasks of a stage that read the same two buffers, in one launch."""
-    tables: list[dict[tuple[int, int], list[np.ndarray]]] = [defaultdict(list) for _ in range(plan.stages)]
-    for i, row in enumerate(plan.tasks.tolist()):
-        assert row[RANK] == rank
-        _, _, q_owner, q_start, q_stop, kv_owner, kv_start, kv_stop = row
+    offsets = np.zeros((len(plan.tasks), 2), dtype=np.int64)
+    for i, (_, at, q_owner, q_start, q_stop, kv_owner, kv_start, kv_stop) in enumerate(plan.tasks.tolist()):
+        assert at == rank
         dq = q_start if q_owner == rank else packings[False, q_owner].row(q_start, q_stop)
         dk = kv_start if kv_owner == rank else packings[True, kv_owner].row(kv_start, kv_stop)
-        bands = plan.bands[plan.band_ptr[i] : plan.band_ptr[i + 1]]
-        if not len(bands):
-            continue
-        tables[row[STAGE]][q_owner, kv_owner].append(shift(bands, dq, dk))
+        offsets[i] = dq, dk
+    bands = shift(plan.bands, *np.repeat(offsets, np.diff(plan.band_ptr), axis=0).T)
+    tables: list[dict[tuple[int, int], list[np.ndarray]]] = [defaultdict(list) for _ in range(plan.stages)]
+    places = plan.tasks[:, [STAGE, Q_OWNER, KV_OWNER]].tolist()
+    for (stage, q_owner, kv_owner), begin, end in zip(places, plan.band_ptr[:-1], plan.band_ptr[1:], strict=True):
+        if begin < end:
+            tables[stage][q_owner, kv_owner].append(bands[begin:end])
     return [[Launch(*key, Bands(np.concatenate(t))) for key, t in stage.items()] for stage in tables]
 
 
