@@ -73,9 +73,16 @@ class Kernel:
     peak_tflops: dict[str, float] = figure("of a large matrix product, by dtype", above=0)
     units: int = figure("programs that run at the same time; fewer leave a part of the device idle", least=1)
     tile: int = figure("rows of one program", least=1)
-    diagonal_rows: float = figure("width of the tiles along a diagonal edge, half of which are computed in vain", least=0)
+    diagonal_rows: dict[int, float] = figure(
+        "width of the tiles along a diagonal edge, half of which are computed in vain, by the edge's length in rows", least=0
+    )
     forward: Curve = figure("the forward kernel")
     backward: Curve = figure("the backward kernel")
+
+    def diagonal(self, length: np.ndarray) -> np.ndarray:
+        """Width of the tiles along an edge of so many rows; straight lines over the logarithm between those that are known."""
+        known = sorted(self.diagonal_rows)
+        return np.interp(np.log2(np.maximum(length, 1)), np.log2(known), [self.diagonal_rows[rows] for rows in known])
 
 
 @dataclass(frozen=True)
@@ -183,8 +190,10 @@ class Cluster:
         longer, shorter = np.maximum(q_rows, k_rows), np.minimum(q_rows, k_rows)
         whole = q_rows * k_rows
         window = areas < whole / 2  # less than a triangle has two diagonal edges
-        vain = np.minimum(np.minimum(whole - areas, areas), np.where(window, 1.0, 0.5) * kernel.diagonal_rows * shorter)
         side = np.minimum(shorter, 2 * areas / np.maximum(longer, 1))
+        # Windows are cut into triangles of their own width, along both edges.
+        tiles = kernel.diagonal(np.where(window, side / 2, side)) * np.where(window, 1.0, 0.5)
+        vain = np.minimum(np.minimum(whole - areas, areas), tiles * shorter)
         programs = shape.heads * np.ceil((q_rows if direction == "forward" else k_rows) / kernel.tile)
         if launch is not None:
             programs = np.bincount(launch, weights=programs)[launch] if len(launch) else programs
