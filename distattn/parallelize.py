@@ -24,13 +24,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from distattn.attention import AttentionPlan, ContextParallel
-from distattn.config import Config, ParallelConfig, context_ranks
+from distattn.config import Config, ParallelConfig, context_ranks, strategy_of
 from distattn.model import Attend, Decoder, initial_value
 from distattn.ops import save_attention
 from distattn.parallel.auto import Auto
 from distattn.parallel.cluster import load_cluster
 from distattn.parallel.shape import Shape
-from distattn.parallel.strategy import Rotate, Strategy
+from distattn.parallel.strategy import Strategy
 from distattn.parallel.transpose import Keep
 
 
@@ -75,16 +75,7 @@ def context_parallel(config: Config, world: World) -> ContextParallel:
         shape = Shape(model.heads, model.kv_heads, width, width, _attention_dtype(config, world))
         schedule = Auto(shape, load_cluster(parallel.cluster), keep=cast(Keep, parallel.keep))
     else:
-        schedule = Strategy(
-            parallel.schedule,
-            parallel.layout or None,
-            parallel.ulysses,
-            parallel.node_devices or None,
-            parallel.stages or None,
-            parallel.in_flight or None,
-            cast(Rotate, parallel.rotate),
-            cast(Keep, parallel.keep),
-        )
+        schedule = strategy_of(parallel)
     return ContextParallel(group, schedule, backend=parallel.backend or None, timeout=parallel.timeout)
 
 

@@ -45,6 +45,9 @@ def test_the_file_is_read_and_words_come_after_it(file: Path) -> None:
         ("parallel.ulysses=0", "at least 1"),
         ("parallel.ulysses=3", "does not divide"),
         ("parallel.rotate=k", "parallel.rotate"),
+        ("parallel.stages=2", "stages is an option of gather; zigzag has none. Leave it out."),
+        ("parallel.in_flight=2", "in_flight is an option of tree; zigzag has none"),
+        ("parallel.layout=striped", "ask for schedule 'ring'"),
         ("parallel.backend=tritn", "Did you mean 'triton'"),
         ("model.dtype=float31", "Did you mean 'float32'"),
         ("model.kv_heads=3", "model.kv_heads=2"),
@@ -122,6 +125,14 @@ def test_auto_leaves_nothing_to_choose(name: str, value: object) -> None:
     check(config, 2)
     setattr(config.parallel, name, value)
     with pytest.raises(ValueError, match=f"parallel.{name}={value} is chosen by parallel.schedule=auto"):
+        check(config, 2)
+
+
+def test_the_cluster_of_auto_is_read_before_ranks_start() -> None:
+    config = Config()
+    config.data.path = "somewhere"
+    config.parallel.schedule, config.parallel.cluster = "auto", "h10"
+    with pytest.raises(ValueError, match="Did you mean 'h100'"):
         check(config, 2)
 
 
