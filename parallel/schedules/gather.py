@@ -22,8 +22,8 @@ LANE = 1
 SAMPLE = 8  # ranks that are asked what they need, to decide where all cut
 GRAIN = 128  # rows: kernels slow down on less
 PARTS = (1, 2, 4, 8)
-# In (query, key) pairs that a device computes meanwhile: 32:8 heads of 128 in bf16, figures of configs/clusters/h200.yaml. Forward
-# and backward pass differ by a quarter; other heads and devices by more, and whoever describes them has them priced ("auto").
+# In (query, key) pairs that a device computes meanwhile: 32:8 heads of 128 in bf16, figures of configs/clusters/h200.yaml. Who
+# describes other heads or devices has them priced ("auto").
 PAIRS_A_ROW = 330  # one key row from a device of the same node
 PAIRS_A_ROW_FAR = 2600  # from another node
 PAIRS_A_PART = 1_600_000  # a stage, a launch and a message more
