@@ -11,7 +11,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from distattn.parallel.strategy import Rotate, Strategy
+    from distattn.parallel.transpose import Keep
 
 SCHEDULES = ("ring", "zigzag", "striped", "double_ring", "gather", "tree", "disaggregate", "auto")
 TAKE_SPEEDS = ("disaggregate",)  # schedules that share out work by the speeds of the ranks
@@ -315,6 +319,9 @@ def check_train(train: TrainConfig) -> None:
 
 
 def check_parallel(config: Config, world_size: int) -> None:
+    from distattn.parallel.cluster import load_cluster  # brings torch, which --help does not need
+    from distattn.parallel.schedules import checked_strategy
+
     parallel = config.parallel
     _one_of("parallel.schedule", parallel.schedule, SCHEDULES)
     if parallel.schedule == "auto" and not parallel.cluster:
@@ -358,6 +365,10 @@ def check_parallel(config: Config, world_size: int) -> None:
                 f"parallel.{name}={degree} does not divide the {cp} ranks that share a sequence. Use a divisor of {cp}."
             )
     check_speeds(parallel, cp)
+    if parallel.schedule == "auto":
+        load_cluster(parallel.cluster).check_world(cp)
+    else:
+        checked_strategy(strategy_of(parallel), cp)
     if parallel.ulysses > config.model.heads:
         raise ValueError(
             f"parallel.ulysses={parallel.ulysses} ranks cannot share model.heads={config.model.heads} query heads. "
@@ -407,6 +418,22 @@ def check_speeds(parallel: ParallelConfig, cp: int) -> None:
             f"parallel.speeds={speeds}: a rank of less than 1/{round(1 / SLOWEST)} of the fastest one's speed cannot take part. "
             "Leave that rank out of the run."
         )
+
+
+def strategy_of(parallel: ParallelConfig) -> Strategy:
+    """The strategy that the section names; not for ``schedule=auto``."""
+    from distattn.parallel.strategy import Strategy
+
+    return Strategy(
+        parallel.schedule,
+        parallel.layout or None,
+        parallel.ulysses,
+        parallel.node_devices or None,
+        parallel.stages or None,
+        parallel.in_flight or None,
+        cast("Rotate", parallel.rotate),
+        cast("Keep", parallel.keep),
+    )
 
 
 def context_ranks(config: Config, world_size: int) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -24,7 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from distattn.attention import AttentionPlan, ContextParallel
-from distattn.config import Config, ParallelConfig, context_ranks
+from distattn.config import Config, ParallelConfig, context_ranks, strategy_of
 from distattn.kernels.contract import Scores
 from distattn.model import Attend, Begin, Block, Decoder, initial_value
 from distattn.ops import save_attention
@@ -32,7 +32,7 @@ from distattn.parallel.auto import Auto
 from distattn.parallel.cluster import load_cluster
 from distattn.parallel.rank_plan import Call
 from distattn.parallel.shape import Shape
-from distattn.parallel.strategy import Balance, Rotate, Strategy
+from distattn.parallel.strategy import Balance, Strategy
 from distattn.parallel.transpose import Keep
 
 
@@ -75,17 +75,9 @@ def context_parallel(config: Config, world: World) -> ContextParallel:
     if parallel.schedule == "auto":
         schedule = Auto(attention_call(config, world).shape, load_cluster(parallel.cluster), keep=cast(Keep, parallel.keep))
     else:
-        schedule = Strategy(
-            parallel.schedule,
-            parallel.layout or None,
-            parallel.ulysses,
-            parallel.node_devices or None,
-            parallel.stages or None,
-            parallel.in_flight or None,
-            cast(Rotate, parallel.rotate),
-            cast(Keep, parallel.keep),
-            balance=balance_of(config, world) if parallel.schedule == "disaggregate" else None,
-        )
+        schedule = strategy_of(parallel)
+        if parallel.schedule == "disaggregate":
+            schedule = replace(schedule, balance=balance_of(config, world))
     timed = parallel.speeds == "measure"
     return ContextParallel(group, schedule, backend=parallel.backend or None, timeout=parallel.timeout, timed=timed)
 

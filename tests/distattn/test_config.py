@@ -51,6 +51,9 @@ def test_the_file_is_read_and_words_come_after_it(file: Path) -> None:
         ("parallel.speeds=[1,fast]", "neither equal nor measure nor a list of positive numbers"),
         ("parallel.speeds=[1,2]", "of use to disaggregate only: zigzag gives ranks their work whatever their speed"),
         ("data.workers=2", "must be 1, or 0"),
+        ("parallel.stages=2", "stages is an option of gather, disaggregate; zigzag has none. Leave it out."),
+        ("parallel.in_flight=2", "in_flight is an option of tree; zigzag has none"),
+        ("parallel.layout=striped", "ask for schedule 'ring'"),
         ("parallel.backend=tritn", "Did you mean 'triton'"),
         ("model.dtype=float31", "Did you mean 'float32'"),
         ("model.kv_heads=3", "model.kv_heads=2"),
@@ -128,6 +131,14 @@ def test_auto_leaves_nothing_to_choose(name: str, value: object) -> None:
     check(config, 2)
     setattr(config.parallel, name, value)
     with pytest.raises(ValueError, match=f"parallel.{name}={value} is chosen by parallel.schedule=auto"):
+        check(config, 2)
+
+
+def test_the_cluster_of_auto_is_read_before_ranks_start() -> None:
+    config = Config()
+    config.data.path = "somewhere"
+    config.parallel.schedule, config.parallel.cluster = "auto", "h10"
+    with pytest.raises(ValueError, match="Did you mean 'h100'"):
         check(config, 2)
 
 
