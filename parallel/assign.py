@@ -110,7 +110,8 @@ def _finishing(free: list[tuple[int, int]], need: int, allowed: int) -> tuple[li
 class _Pool:
     """Work of one document (or of several short ones) that is given away."""
 
-    def __init__(self, by_keys: bool):
+    def __init__(self, group: int, by_keys: bool):
+        self.group = group
         self.strips: list = []
         self.by_keys = by_keys
 
@@ -157,8 +158,13 @@ class _Planner:
             for source, amount in zip(mine, amounts(mine, int(excess[rank]), wanted, self.groups), strict=True):
                 if amount:
                     strips = give(source, amount, typical, self.weights, self.groups)
-                    by_group.setdefault(source.group, _Pool(source.plain)).strips += strips
+                    by_group.setdefault(source.group, _Pool(source.group, source.plain)).strips += strips
                     kept[rank] -= sum(s.below(WHOLE) for s in strips)
+        self.held: dict[int, dict[int, int]] = {}
+        for source, rank in zip(sources, self.cells.rank.tolist()):
+            if source.group in by_group and excess[rank] < 0:
+                d = self.held.setdefault(source.group, {})
+                d[rank] = max(d.get(rank, 0), source.before + source.stop - source.start)
         return [by_group[g] for g in sorted(by_group)], kept
 
     def _match(self, pools: list[_Pool], spare: np.ndarray) -> list[tuple[_Pool, list[Share]]]:
@@ -171,6 +177,8 @@ class _Planner:
         matched = []
         for done, i in enumerate(order):
             need, chosen = work[i], []
+            self.tiny = 2 * self.grain + self.weights.smallest * min(regions[i].k_stop, regions[i].rows, 4096)
+            need = self._affine(pools[i], need, chosen, free, slack)
             while need > 0:
                 if not free:
                     raise ValueError("no capacity")
@@ -184,13 +192,27 @@ class _Planner:
                     slack -= waste
                     break
                 w, s = free.pop()
-                chosen.append(Share(s, min(w, need) + self.grain))
-                if w - need > 2 * self.grain:
-                    insort(free, (w - need - self.grain, s))
+                used = min(w, need) if w >= need or need - w >= self.tiny else max(need - self.tiny, 1)
+                chosen.append(Share(s, used + self.grain))
+                if w - used > self.tiny:
+                    insort(free, (w - used - self.grain, s))
                     slack -= self.grain
-                need -= w
-            matched.append((pools[i], sorted(chosen, key=lambda c: (-c.most, c.server))))
+                need -= used
+            matched.append((pools[i], sorted(chosen, key=lambda c: (-c.held, -c.most, c.server))))
         return matched
+
+    def _affine(self, pool: _Pool, need: int, chosen: list[Share], free: list[tuple[int, int]], slack: int) -> int:
+        """Servers that have some of the document's keys anyway."""
+        if not pool.by_keys or not free or need < 2 * free[-1][0]:
+            return need
+        group = pool.group
+        held = self.held.get(group, {})
+        for w, s in sorted(free, reverse=True):
+            if held.get(s, 0) * 8 > isqrt(32*w) and w > 2 * self.tiny and (w == need or w + self.tiny <= need):
+                free.remove((w, s))
+                chosen.append(Share(s, w + self.grain, held[s]))
+                need -= w
+        return need
 
     def _table(self, pieces: list[Piece], given: list[Strip | RowStrip]) -> Assignment:
         """Columns of the pieces and of what stays at home."""
