@@ -125,7 +125,7 @@ def _solve(problem: _Problem, tolerance: float, weights: Weights | None = None) 
     cells = Cells.of(layout, groups)
     load = cells.load(layout.world, cost.stretched(cells.work, cells.stop - cells.first))
     total, whole = int(load.sum()), int(problem.parts.sum())
-    grown = ONE + round(tolerance * ONE)
+    grown = ONE + int(tolerance * ONE)
     shares = np.array([total * part * grown // (whole * ONE) for part in problem.parts.tolist()], dtype=np.int64)
     weights = weights or Weights(cost.query_row, cost.kv_row, problem.smallest)
     for grain in GRAINS:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from distattn.kernels.bands import HI, K1, LO, Q0
 from distattn.parallel.cells import Cells, Groups
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
@@ -43,11 +44,12 @@ def lower_bound(layout: Layout, mask: Mask, tolerance: float, kv_row: int = 1, q
         ValueError: shards are not contiguous, or the mask is not one band a document that rows see keys before them in.
     """
     groups = Groups.of(mask)
-    lower = np.arange(layout.world + 1) * 0 + np.append(layout.seg_start, layout.n_tokens)[: layout.world + 1]
-    if len(layout.seg_start) != layout.world or (np.diff(groups.ptr) > 1).any() or (groups.table[:, 5] > 0).any():
+    lower = np.append(layout.seg_start, layout.n_tokens)
+    whole = len(layout.seg_start) == layout.world and (lower[1:] == lower[:-1] + layout.seg_count).all()
+    if not whole or (np.diff(groups.ptr) > 1).any() or (_last_key(groups) > 0).any():
         raise ValueError("The bound is for causal documents, with or without a window, on contiguous shards without empty ranks.")
     cells = Cells.of(layout, groups)
-    edges, width = _edges(groups, lower), int((groups.table[:, 5] - groups.table[:, 4] + 1).clip(max=groups.keys).max())
+    edges, width = _edges(groups, lower), int((_last_key(groups) - groups.table[:, LO] + 1).clip(max=groups.keys).max(initial=1))
     free = cells.load(layout.world, cells.work) - _straddling(groups, lower)
     total = int(cells.work.sum())
     most = (1 + tolerance) * total / layout.world
@@ -78,12 +80,17 @@ def _straddling(g: Groups, lower: np.ndarray) -> np.ndarray:
     edges = _edges(g, lower)
     border = lower[:-1]
     at = np.clip(np.searchsorted(g.first, border, side="right") - 1, 0, None)
-    width = np.where(g.plain[at], g.keys[at], g.table[g.ptr[at], 5] - g.table[g.ptr[at], 4] + 1)
+    width = np.where(g.plain[at], g.keys[at], _last_key(g)[at] - g.table[at, LO] + 1)
     # Row i of the shard sees min(before, width - 1 - i) of the keys before it.
     rows, before = edges.rows, edges.before
     whole = np.where(g.plain[at], rows, np.clip(width - 1 - before, 0, rows))
     falling = np.clip(width - 1 - whole, 0, rows - whole)
-    return whole * before + falling * (width - 1 - whole) - falling * (falling - 1) // 2 * 1
+    return whole * before + falling * (width - 1 - whole) - falling * (falling - 1) // 2
+
+
+def _last_key(g: Groups) -> np.ndarray:
+    """How far past itself a row of each band sees, int64 [bands]."""
+    return np.minimum(g.table[:, HI], g.table[:, K1] - 1 - g.table[:, Q0])
 
 
 def _costs(won: np.ndarray, edges: _Edges, width: int, kv_row: int, query_row: int) -> np.ndarray:
