@@ -23,8 +23,7 @@ from distattn.parallel.cells import Cells, Groups
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
 
-GRID = 40
-LEVELS = 64
+LEVELS = 256
 
 
 class _Edges(NamedTuple):
@@ -94,34 +93,46 @@ def _last_key(g: Groups) -> np.ndarray:
 
 
 def _costs(won: np.ndarray, edges: _Edges, width: int, kv_row: int, query_row: int) -> np.ndarray:
-    """No more than it costs each rank to win so many pairs, float64, shaped as ``won``."""
-    result = np.empty_like(won)
-    for rank in range(len(won)):
-        rows, before = min(int(edges.rows[rank]), width), min(int(edges.before[rank]), width)
-        keys, after = min(int(edges.keys[rank]), width), int(min(edges.after[rank], width))
-        k, x = _grid(before)[:, None], _grid(after)[None, :]
-        k_more, x_more = np.append(k[1:], k[-1:], 0), np.append(x[:, 1:], x[:, -1:], 1)
-        gain = rows * k_more + keys * x_more + (k_more * x_more if edges.one[rank] else 0)
-        rest = np.maximum(won[rank][:, None, None] - gain, 0.0)
+    """The least it costs each rank to win so many pairs, by the bounds above, float64, shaped as ``won``.
+
+    With k received keys of the document on the left and x received rows of the one on the right, the rest is won with more rows
+    against those k, with more keys against those x, or by received rows against received keys of another document. Each of the three
+    is concave or convex in k and in x alone, so that its least value lies at an end, or where a derivative is 0.
+    """
+    n, p, m, s = (np.minimum(column, width)[:, None].astype(np.float64) for column in edges[:4])
+    one = edges.one[:, None]
+    tiny = 1e-9
+
+    def priced(k: np.ndarray, x: np.ndarray) -> np.ndarray:
+        k, x = np.clip(k, 0.0, p), np.clip(x, 0.0, s)
+        rest = np.maximum(won - n * k - m * x - np.where(one, k * x, 0.0), 0.0)
         more = _rectangle(rest, width, kv_row, query_row)
-        if not edges.one[rank]:
-            more = np.minimum(more, query_row * rest / np.maximum(k_more, 1e-9))
-            more = np.minimum(more, kv_row * rest / np.maximum(x_more, 1e-9))
-        result[rank] = (kv_row * k + query_row * x + more).min((1, 2))
-    return result
+        apart = np.minimum(query_row * rest / np.maximum(k, tiny), kv_row * rest / np.maximum(x, tiny))
+        return kv_row * k + query_row * x + np.where(one, more, np.minimum(more, apart))
+
+    def ends(most: np.ndarray, rate: np.ndarray, other: np.ndarray) -> list[np.ndarray]:
+        zero = np.zeros_like(won)
+        return [zero, zero + most, np.maximum(won - other, 0.0) / np.maximum(rate, tiny)]
+
+    best = np.full_like(won, np.inf)
+    for x in [*ends(s, m, 0.0), np.maximum(won - n * p, 0.0) / np.maximum(m + np.where(one, p, 0.0), tiny)]:
+        x = np.clip(x, 0.0, s)
+        left = np.maximum(won - m * x, 0.0)
+        for k in [*ends(p, n + np.where(one, x, 0.0), m * x), np.sqrt(query_row * left / kv_row)]:
+            best = np.minimum(best, priced(k, x))
+    for k in [*ends(p, n, 0.0), np.maximum(won - m * s, 0.0) / np.maximum(n + np.where(one, s, 0.0), tiny)]:
+        k = np.clip(k, 0.0, p)
+        left = np.maximum(won - n * k, 0.0)
+        for x in [*ends(s, m + np.where(one, k, 0.0), n * k), np.sqrt(kv_row * left / query_row)]:
+            best = np.minimum(best, priced(k, x))
+    k = np.clip(np.sqrt(query_row * (won + n * m) / kv_row) - m, 0.0, p)
+    return np.minimum(best, priced(k, np.maximum(won - n * k, 0.0) / np.maximum(m + np.where(one, k, 0.0), tiny)))
 
 
 def _rectangle(pairs: np.ndarray, width: int, kv_row: int, query_row: int) -> np.ndarray:
     """The cheapest x rows against k <= width keys with x * k >= pairs."""
     k = np.clip(np.sqrt(query_row * pairs / kv_row), 1e-9, width)
     return query_row * pairs / k + kv_row * np.where(pairs > 0, k, 0.0)
-
-
-def _grid(most: int) -> np.ndarray:
-    """From 0 to ``most``, denser at the beginning; the true value lies in one of the cells."""
-    if most <= 0:
-        return np.zeros(1)
-    return np.unique(np.concatenate([[0.0], np.geomspace(min(16, most), most, GRID)]))
 
 
 def _knapsack(won: np.ndarray, cost: np.ndarray, need: float) -> float:

@@ -112,7 +112,7 @@ class Matching:
                 continue
             if 10 * q * pairs < 9 * usual * held[server]:
                 taken, rest, done = self._whole_rows(pool, held[server], pairs)
-                if done + 2 * self.grain > pairs:
+                if done + 2 * self.grain > pairs and 10 * q * sum(t.stop - t.start for t in taken) < 9 * usual:
                     pool.strips = rest
                     self.pieces += [Piece(server, strip, 0, strip.reach) for strip in taken]
                     self.free.remove((pairs, server))
