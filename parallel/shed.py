@@ -11,41 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distattn.parallel.carve import Region, Strip, Weights
+from distattn.parallel.carve import Region, Weights
 from distattn.parallel.cells import Cells, Groups
-
-WHOLE = 1 << 60
-
-
-class RowStrip(NamedTuple):
-    """Rows [start, stop) of a cell that are never cut by keys: as a :class:`~distattn.parallel.carve.Strip` of one key."""
-
-    cell: int
-    start: int
-    stop: int
-    work: int  # visible pairs
-    group: int
-    groups: Groups
-
-    @property
-    def cap(self) -> int:
-        return 1
-
-    @property
-    def seen(self) -> int:
-        return 1
-
-    @property
-    def reach(self) -> int:
-        return 1
-
-    def below(self, keys: int) -> int:
-        """All pairs, or none."""
-        return self.work if keys > 0 else 0
-
-    def part(self, start: int, stop: int) -> RowStrip:
-        """Its rows [start, stop)."""
-        return RowStrip(self.cell, start, stop, self.groups.rows_work(self.group, start, stop), self.group, self.groups)
+from distattn.parallel.strips import WHOLE, RowStrip, Strip
 
 
 @dataclass
