@@ -9,7 +9,7 @@ from distattn.parallel.carve import Piece, Share, Weights
 from distattn.parallel.shed import Pool, Shed
 from distattn.parallel.strips import WHOLE, RowStrip, Strip
 
-NEAR = 8  # how many of the largest servers are looked at for one of the pool's own node
+NEAR = 64  # how many of the largest servers are looked at for one of the pool's own node
 PAIRS = 32  # how many of the largest servers are tried as one of two that hold what is left of a pool
 
 
