@@ -210,9 +210,10 @@ def measure(communicator: Communicator, case: Case, cluster: Cluster, rounds: in
 def quiet_turns(
     communicator: Communicator, work: dict[str, Callable[[bool], float]], rounds: int
 ) -> tuple[list[dict[tuple[str, bool], float]], float]:
-    """(seconds of the slowest rank by (schedule, whether backward too), by turn; share of the cores that others had in the worst).
+    """(seconds of the slowest rank by (schedule, whether backward too), turn by turn; the most that others had of the cores).
 
-    The same on all ranks. A turn in which other programs were busy is taken again, up to three times as many in all; then the quietest count.
+    The same on all ranks. A turn in which other programs were busy is taken again, up to three times as many in all; then the
+    quietest count.
     """
     turns: list[tuple[float, int, dict[tuple[str, bool], float]]] = []
     load = OtherLoad(communicator)
