@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import distattn
-from distattn import ContextParallel, Strategy
+from distattn import Balance, ContextParallel, Strategy
 from distattn.config import Config, ModelConfig
 from distattn.metrics import read
 from distattn.model import Block, Decoder, NanoBatch, build
