@@ -177,8 +177,7 @@ def cached_plan_microseconds(repeat: int) -> float:
 
 def _programs(plan: Plan, back: Plan, rank: int, problem: Problem) -> tuple[Program, Program]:
     forward, backward = plan.view(rank), back.view(rank)
-    keep = {(What(what), owner) for _, owner, _, _, what in backward.kept.tolist()}
-    program = compile_program(forward, shape_of(problem), keep)
+    program = compile_program(forward, shape_of(problem), backward.kept)
     return program, compile_program(backward, shape_of(problem), forward=program)
 
 

@@ -11,7 +11,7 @@ from distattn.kernels.contract import Scores
 from distattn.parallel.comm import Communicator
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
-from distattn.parallel.plan import Plan, What
+from distattn.parallel.plan import Plan
 from distattn.parallel.program import Program, compile_program
 from distattn.parallel.schedule import Rotation, Schedule, make_schedule
 from distattn.parallel.shape import Shape
@@ -68,8 +68,7 @@ class RankPlan:
             if not self._programs:
                 agree_on_messages(communicator, self.forward)
             backward = self.backward(self.schedule.rotation(shape), communicator)
-            keep = {(What(what), owner) for _, owner, _, _, what in backward.kept.tolist()}
-            forward = compile_program(self.forward, shape, keep)
+            forward = compile_program(self.forward, shape, backward.kept)
             self._programs[shape] = forward, compile_program(backward, shape, forward=forward)
         return self._programs[shape]
 
