@@ -94,6 +94,7 @@ class ParallelConfig:
     stages: int = key(0, "parts in which gather receives; 0 is its own choice")
     in_flight: int = key(0, "owners whose queries travel at once in a tree; 0 is its own choice")
     rotate: str = key("auto", f"what travels in the backward pass of a ring: {', '.join(ROTATE)} (auto: fewer bytes)")
+    laps: int = key(0, "rounds of a ring, each with its part of every shard: 2 halve its memory; 0 is its own choice, 1")
     keep: str = key("last", f"received keys that stay until the backward pass: {', '.join(KEEP)}")
     cp: int = key(0, "ranks that share one sequence; 0 means all that dp leaves")
     dp: int = key(1, "groups of ranks with sequences of their own")
@@ -143,6 +144,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int
 
     merged = OmegaConf.structured(Config)
     for origin, part in [(str(path), _read_yaml(Path(path)))] + [(word, _read_word(word)) for word in overrides]:
+        _refuse_missing(part, origin)
         _refuse_unknown(part, origin)
         try:
             merged = OmegaConf.merge(merged, part)
@@ -183,6 +185,17 @@ def _parse(load: Callable[[], Any], origin: str) -> Any:
         return load()
     except (YAMLError, ValueError, OSError) as error:
         raise ValueError(f"{origin} is not readable as YAML: {error}") from None
+
+
+def _refuse_missing(part: Any, origin: str, prefix: str = "") -> None:
+    """``???`` is OmegaConf's word for a value that somebody is still to give."""
+    from omegaconf import DictConfig, OmegaConf
+
+    for name in part:
+        if OmegaConf.is_missing(part, name):
+            raise ValueError(f"{origin}: {prefix}{name}=??? says that its value is still missing. Give it one, or leave it out.")
+        if isinstance(part[name], DictConfig):
+            _refuse_missing(part[name], origin, f"{prefix}{name}.")
 
 
 def _refuse_unknown(part: Any, origin: str) -> None:
@@ -309,14 +322,14 @@ def check_parallel(config: Config, world_size: int) -> None:
         )
     if parallel.schedule == "auto":
         default = ParallelConfig()
-        for name in ("layout", "ulysses", "node_devices", "stages", "in_flight", "rotate"):
+        for name in ("layout", "ulysses", "node_devices", "stages", "in_flight", "rotate", "laps"):
             if getattr(parallel, name) != getattr(default, name):
                 raise ValueError(f"parallel.{name}={getattr(parallel, name)} is chosen by parallel.schedule=auto. Leave it out.")
     _one_of("parallel.layout", parallel.layout, ("", *LAYOUTS))
     _one_of("parallel.rotate", parallel.rotate, ROTATE)
     _one_of("parallel.keep", parallel.keep, KEEP)
     _at_least("parallel.ulysses", parallel.ulysses, 1)
-    for name in ("node_devices", "stages", "in_flight"):
+    for name in ("node_devices", "stages", "in_flight", "laps"):
         _at_least(f"parallel.{name}", getattr(parallel, name), 0)
     _one_of("parallel.backend", parallel.backend, ("", *BACKENDS))
     _one_of("parallel.checkpointing", parallel.checkpointing, CHECKPOINTING)

@@ -84,6 +84,7 @@ def context_parallel(config: Config, world: World) -> ContextParallel:
             parallel.in_flight or None,
             cast(Rotate, parallel.rotate),
             cast(Keep, parallel.keep),
+            parallel.laps or None,
         )
     return ContextParallel(group, schedule, backend=parallel.backend or None, timeout=parallel.timeout)
 

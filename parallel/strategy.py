@@ -21,9 +21,10 @@ class Strategy:
         devices: ranks a node, rank = node * devices + device; None: all in one node.
         stages: of a gather, after the local one.
         in_flight: of a tree, owners whose queries are under way at once.
-        laps: of a ring, rounds of which each carries its part of every shard; more of them take less memory and more stages.
         rotate: what travels in the backward pass of a ring: "kv", "q", or "auto" for what is fewer bytes.
         keep: what received inputs stay on a rank until the backward pass: "last" stage's, "all" or "none".
+        laps: of a ring, rounds of which each carries its part of every shard; two (None: one) halve the memory for rows of other
+            ranks and double the stages. Simulated for H200s: 20% slower at 2k tokens a rank, 1.5% at 32k.
     """
 
     schedule: str = "zigzag"
@@ -32,9 +33,9 @@ class Strategy:
     devices: int | None = None
     stages: int | None = None
     in_flight: int | None = None
-    laps: int | None = None
     rotate: Rotate = "auto"
     keep: Keep = "last"
+    laps: int | None = None
 
     def __str__(self) -> str:
         default = Strategy()
