@@ -79,7 +79,7 @@ def test_counted_bytes_are_those_of_a_run(schedule: str, laps: int, world: int) 
 
 def test_a_rank_holds_no_more_in_a_larger_world() -> None:
     """Bytes do not grow with the world once the ring is as long as its buffers; in two laps that is from two ranks on."""
-    rows = memory(problem(kv_heads=4), 256)
+    rows = memory(problem(kv_heads=4, head_dim=64), 256)  # the benchmark's head size: in small ones lse and delta weigh more
     for schedule in ("zigzag", "striped"):
         assert flatness(rows, schedule, least=4) <= 1.01 and flatness(rows, f"{schedule}, 2 laps") <= 1.05
         for alone in (row for row in rows if row.schedule == schedule and row.world == 1):
