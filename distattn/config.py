@@ -104,6 +104,7 @@ class ParallelConfig:
     stages: int = key(0, "parts in which gather receives and disaggregate works for others; 0 is the schedule's own choice")
     in_flight: int = key(0, "owners whose queries travel at once in a tree; 0 is its own choice")
     rotate: str = key("auto", f"what travels in the backward pass of a ring: {', '.join(ROTATE)} (auto: fewer bytes)")
+    laps: int = key(0, "rounds of a ring, each with its part of every shard: 2 halve its memory; 0 is its own choice, 1")
     keep: str = key("last", f"received keys that stay until the backward pass: {', '.join(KEEP)}")
     smallest: int = key(128, "query rows of a piece that disaggregate takes off its rank, unless its document is shorter")
     tolerance: float = key(0.0, "a rank's work above its share that disaggregate may leave, 0.02 is 2%; 0 is its own choice")
@@ -160,6 +161,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int
 
     merged = OmegaConf.structured(Config)
     for origin, part in [(str(path), _read_yaml(Path(path)))] + [(word, _read_word(word)) for word in overrides]:
+        _refuse_missing(part, origin)
         _refuse_unknown(part, origin)
         try:
             merged = OmegaConf.merge(merged, part)
@@ -200,6 +202,17 @@ def _parse(load: Callable[[], Any], origin: str) -> Any:
         return load()
     except (YAMLError, ValueError, OSError) as error:
         raise ValueError(f"{origin} is not readable as YAML: {error}") from None
+
+
+def _refuse_missing(part: Any, origin: str, prefix: str = "") -> None:
+    """``???`` is OmegaConf's word for a value that somebody is still to give."""
+    from omegaconf import DictConfig, OmegaConf
+
+    for name in part:
+        if OmegaConf.is_missing(part, name):
+            raise ValueError(f"{origin}: {prefix}{name}=??? says that its value is still missing. Give it one, or leave it out.")
+        if isinstance(part[name], DictConfig):
+            _refuse_missing(part[name], origin, f"{prefix}{name}.")
 
 
 def _refuse_unknown(part: Any, origin: str) -> None:
@@ -331,7 +344,7 @@ def check_parallel(config: Config, world_size: int) -> None:
         )
     if parallel.schedule == "auto":
         default = ParallelConfig()
-        for name in ("layout", "ulysses", "node_devices", "stages", "in_flight", "rotate"):
+        for name in ("layout", "ulysses", "node_devices", "stages", "in_flight", "rotate", "laps"):
             if getattr(parallel, name) != getattr(default, name):
                 raise ValueError(f"parallel.{name}={getattr(parallel, name)} is chosen by parallel.schedule=auto. Leave it out.")
     _one_of("parallel.layout", parallel.layout, ("", *LAYOUTS))
@@ -339,7 +352,7 @@ def check_parallel(config: Config, world_size: int) -> None:
     _one_of("parallel.keep", parallel.keep, KEEP)
     _at_least("parallel.ulysses", parallel.ulysses, 1)
     _at_least("parallel.smallest", parallel.smallest, 1)
-    for name in ("node_devices", "stages", "in_flight", "tolerance", "receive_rows"):
+    for name in ("node_devices", "stages", "in_flight", "laps", "tolerance", "receive_rows"):
         _at_least(f"parallel.{name}", getattr(parallel, name), 0)
     _one_of("parallel.backend", parallel.backend, ("", *BACKENDS))
     _one_of("parallel.checkpointing", parallel.checkpointing, CHECKPOINTING)
@@ -433,6 +446,7 @@ def strategy_of(parallel: ParallelConfig) -> Strategy:
         parallel.in_flight or None,
         cast("Rotate", parallel.rotate),
         cast("Keep", parallel.keep),
+        parallel.laps or None,
     )
 
 

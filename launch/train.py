@@ -154,7 +154,7 @@ def ready_data(config: Config) -> None:
     if data.source and not Path(data.path).exists():
         from distattn.launch.prepare import show_progress
 
-        meta = prepare([data.source], data.path, data.tokenizer, show_progress)
+        meta = prepare([data.source], data.path, data.tokenizer, show_progress, replace=False)
         print(f"prepared {data.path}: {meta['tokens']:,} tokens in {meta['documents']:,} documents", flush=True)
     open_tokens(data.path, data.verify).check_vocabulary(config.model.vocab_size)
 

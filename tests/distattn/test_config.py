@@ -63,6 +63,8 @@ def test_the_file_is_read_and_words_come_after_it(file: Path) -> None:
         ("train.beta2=1", "less than 1"),
         ("train.final_learning_rate=2", "between 0 and 1"),
         ("train.steps=0", "at least 1"),
+        ("train.steps=???", r"train.steps=\?\?\? says that its value is still missing. Give it one, or leave it out"),
+        ("parallel.laps=-1", "parallel.laps"),
         ("data.held_out=1.5", "less than 1"),
         ("data.path=", "data.path is empty"),
         ("checkpoint.keep=0", "at least 1"),
