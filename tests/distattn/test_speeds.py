@@ -146,3 +146,14 @@ def test_a_run_finds_its_slow_rank_and_says_so(folder: Path, alone: list[float],
         "rank 0 speaks for both"
     )
     assert losses == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_rank_that_turns_slow_is_relieved_within_a_few_steps(folder: Path, alone: list[float], gloo: Pool) -> None:
+    """Known after its third slow step; the next one is planned by then, ahead of time, and the one after has the new speeds."""
+    changes = {"out": str(folder / "cad"), "parallel__schedule": "disaggregate", "parallel__smallest": 16, "data__workers": 1}
+    (losses, speeds, work, _), other = gloo(2).run(run_with_a_rank_that_turns_slow, str(folder), changes)
+    assert (losses, speeds, work) == other[:3]
+    shares = [last / (first + last) for first, last in work]
+    assert shares[: TURNS + 4] == pytest.approx([1 / 2] * (TURNS + 4), abs=0.03)
+    assert shares[TURNS + 4 :] == pytest.approx([1 / 3] * (len(shares) - TURNS - 4), abs=0.03)
+    assert losses == pytest.approx(alone, rel=1e-5)
