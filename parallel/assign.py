@@ -165,13 +165,12 @@ def _within(problem: _Problem, tolerance: float, receive_rows: int) -> Assignmen
 
 def _refusal(problem: _Problem, tolerance: float) -> str:
     """Which limit binds, and what can be reached."""
-    for looser in [t for t in LADDER if t > tolerance] + [float(problem.layout.world)]:
-        if _solve(problem, looser) is not None:
-            break
+    ladder = [t for t in LADDER if t > tolerance] + [float(problem.layout.world)]
+    kept = next((t for t in ladder if _solve(problem, t) is not None), None)
     said = (
         f"tolerance={tolerance} cannot be kept with smallest={problem.smallest}: no cut of {problem.mask!r} on "
         f"{problem.layout!r} was found that leaves every rank at most {1 + tolerance:g} times its part of the work. "
-        f"tolerance={looser:g} can be kept"
+        + (f"tolerance={kept:g} can be kept" if kept is not None else "No larger tolerance helps")
     )
     for smaller in (problem.smallest // 4, problem.smallest // 16, 1):
         if 0 < smaller < problem.smallest and _solve(problem._replace(smallest=smaller), tolerance) is not None:
