@@ -10,8 +10,9 @@ import itertools
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -25,7 +26,12 @@ from distattn.parallel.program import Program
 from distattn.parallel.rank_plan import RankPlan
 from distattn.parallel.shape import Shape
 
+if TYPE_CHECKING:
+    from distattn.parallel.pool import Pool, Ticket
+    from distattn.parallel.pool_call import Direction
+
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Kernels:
@@ -61,6 +67,22 @@ class Session:
     kernels: Kernels
     home: torch.dtype | None
     exchanges: dict[tuple[Shape, Scores, bool], HeadExchange] = field(default_factory=dict)
+
+    def run(self, direction: Direction, shape: Shape, scores: Scores, sinks: bool, work: Callable[[Executor, Program], T]) -> T:
+        """``work`` on this rank's program of a call."""
+        both = self.plan.programs(shape, scores, sinks, self.executor.communicator)
+        return work(self.executor, both[direction == "backward"])
+
+
+@dataclass(frozen=True, eq=False)
+class PoolSession(Session):
+    """A session whose calls servers take part in, which may come and go; of ``plan`` only the layout counts."""
+
+    pool: Pool = field(kw_only=True)
+    ticket: Ticket = field(kw_only=True)
+
+    def run(self, direction: Direction, shape: Shape, scores: Scores, sinks: bool, work: Callable[[Executor, Program], T]) -> T:
+        return self.pool.attend(self.ticket, direction, shape, scores, sinks, work)
 
 
 class Handles:
@@ -101,9 +123,8 @@ class Handles:
 HANDLES = Handles()  # operators see numbers only, so this one table is global
 
 
-def _programs(session: Session, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores) -> tuple[Program, Program]:
-    shape = Shape(q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.dtype, session.home)
-    return session.plan.programs(shape, scores, sinks is not None, session.executor.communicator)
+def _shape(session: Session, q: Tensor, k: Tensor, v: Tensor) -> Shape:
+    return Shape(q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.dtype, session.home)
 
 
 @torch.library.custom_op("distattn::attention", mutates_args=())
@@ -113,8 +134,12 @@ def attention(
     """Local rows in, (out, lse, kept bytes) of local rows out. See :class:`distattn.ContextParallel`."""
     session = HANDLES[handle]
     scores = Scores(scale, softcap)
-    program, _ = _programs(session, q, k, v, sinks, scores)
-    return session.executor.forward(program, session.kernels(q, k, v, scores), q, k, v, scores, sinks)
+    kernel = session.kernels(q, k, v, scores)
+
+    def forward(executor: Executor, program: Program) -> tuple[Tensor, Tensor, Tensor]:
+        return executor.forward(program, kernel, q, k, v, scores, sinks)
+
+    return session.run("forward", _shape(session, q, k, v), scores, sinks is not None, forward)
 
 
 @attention.register_fake
@@ -158,9 +183,13 @@ def attention_backward(
     """Gradients of q, k, v and of the sinks (of this rank's rows; empty without sinks)."""
     session = HANDLES[handle]
     scores = Scores(scale, softcap)
-    _, program = _programs(session, q, k, v, sinks, scores)
+    kernel = session.kernels(q, k, v, scores)
     dout, delta = upstream(dout, dlse, out)
-    dq, dk, dv = session.executor.backward(program, session.kernels(q, k, v, scores), dout, q, k, v, delta, lse, kept, scores)
+
+    def backward(executor: Executor, program: Program) -> tuple[Tensor, Tensor, Tensor]:
+        return executor.backward(program, kernel, dout, q, k, v, delta, lse, kept, scores)
+
+    dq, dk, dv = session.run("backward", _shape(session, q, k, v), scores, sinks is not None, backward)
     dsinks = q.new_empty(0) if sinks is None else sinks_gradient(sinks, lse, delta)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
 

@@ -22,6 +22,7 @@ class Strategy:
         stages: of a gather, after the local one.
         in_flight: of a tree, owners whose queries are under way at once.
         rotate: what travels in the backward pass of a ring: "kv", "q", or "auto" for what is fewer bytes.
+        servers: of a pool, the last ranks of the world, which hold no tokens; 0: none.
         keep: what received inputs stay on a rank until the backward pass: "last" stage's, "all" or "none".
     """
 
@@ -33,6 +34,7 @@ class Strategy:
     in_flight: int | None = None
     rotate: Rotate = "auto"
     keep: Keep = "last"
+    servers: int = 0
 
     def __str__(self) -> str:
         default = Strategy()
