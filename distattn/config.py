@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEDULES = ("ring", "zigzag", "striped", "double_ring", "gather", "tree", "auto")
+POOLED = ("disaggregate",)  # schedules that give work to servers
 LAYOUTS = ("contiguous", "zigzag", "striped")
 ROTATE = ("auto", "kv", "q")
 KEEP = ("last", "all", "none")
@@ -94,6 +95,10 @@ class ParallelConfig:
     stages: int = key(0, "parts in which gather receives; 0 is its own choice")
     in_flight: int = key(0, "owners whose queries travel at once in a tree; 0 is its own choice")
     rotate: str = key("auto", f"what travels in the backward pass of a ring: {', '.join(ROTATE)} (auto: fewer bytes)")
+    servers: int = key(0, "attention servers to wait for, beside these ranks (distattn-serve-attention); more may join later")
+    pool_store: str = key(
+        "auto", "host:port at which rank 0 lets servers join; auto: this host, any free port (see out/pool_store)"
+    )
     keep: str = key("last", f"received keys that stay until the backward pass: {', '.join(KEEP)}")
     cp: int = key(0, "ranks that share one sequence; 0 means all that dp leaves")
     dp: int = key(1, "groups of ranks with sequences of their own")
@@ -316,6 +321,7 @@ def check_parallel(config: Config, world_size: int) -> None:
     _one_of("parallel.rotate", parallel.rotate, ROTATE)
     _one_of("parallel.keep", parallel.keep, KEEP)
     _at_least("parallel.ulysses", parallel.ulysses, 1)
+    check_pool(config)
     for name in ("node_devices", "stages", "in_flight"):
         _at_least(f"parallel.{name}", getattr(parallel, name), 0)
     _one_of("parallel.backend", parallel.backend, ("", *BACKENDS))
@@ -355,6 +361,36 @@ def check_parallel(config: Config, world_size: int) -> None:
         raise ValueError(
             f"data.sequence_length={config.data.sequence_length} tokens cannot be spread over {cp} ranks. Use longer sequences."
         )
+
+
+def check_pool(config: Config) -> None:
+    parallel = config.parallel
+    _at_least("parallel.servers", parallel.servers, 0)
+    if parallel.pool_store != "auto":
+        host, _, port = parallel.pool_store.rpartition(":")
+        if not host or not port.isdigit() or int(port) > 65535:
+            raise ValueError(
+                f"parallel.pool_store={parallel.pool_store!r} is no address. Write host:port with a port of 0 (any free one) to "
+                "65535, or auto."
+            )
+    if not parallel.servers:
+        return
+    what = f"parallel.servers={parallel.servers}"
+    if parallel.schedule not in POOLED:
+        raise ValueError(
+            f"{what} needs a schedule that gives work to ranks without tokens, found parallel.schedule={parallel.schedule}. "
+            f"Use parallel.schedule={POOLED[0]}, or parallel.servers=0."
+        )
+    for name, wanted in (("dp", 1), ("ulysses", 1)):
+        if getattr(parallel, name) != wanted:
+            raise ValueError(
+                f"{what} serve one sequence with all of its heads at a time, found parallel.{name}={getattr(parallel, name)}. "
+                f"Use parallel.{name}={wanted}, or parallel.servers=0."
+            )
+    if parallel.keep == "all":
+        raise ValueError(f"{what} keep nothing between two calls, found parallel.keep=all. Leave it out, or parallel.servers=0.")
+    if config.train.device == "cuda":
+        raise ValueError(f"{what} are reached over gloo, with tensors on the CPU. Use train.device=cpu, or parallel.servers=0.")
 
 
 def context_ranks(config: Config, world_size: int) -> int:

@@ -106,7 +106,11 @@ def run(config: Config, place: Place) -> None:
     if place.started_by_torchrun:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.timeout))
-    Trainer(config, make_world(config, device)).train()
+    trainer = Trainer(config, make_world(config, device))
+    try:
+        trainer.train()
+    finally:
+        trainer.cp.close()
     if dist.is_initialized():
         dist.destroy_process_group()
 

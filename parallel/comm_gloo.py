@@ -72,7 +72,7 @@ class GlooCommunicator:
         self.rank, self.world, self.lanes, self.timeout = rank, world, lanes, timeout
         self._watch, self._members, self._setup_seconds = watch, list(members or range(world)), setup_seconds
         self._gave_up: PeerError | None = None
-        self._control = self._gloo_group(store, "control")
+        self._control: Any = self._gloo_group(store, "control")
         self._groups: list[Any] = [self._gloo_group(store, f"lane {lane}") for lane in range(lanes)]
 
     def post(self, lane: int, sends: Messages, receives: Messages, awaited: Awaited) -> Pending:
@@ -127,7 +127,7 @@ class GlooCommunicator:
 
         gloo offers no other way: `abort` and `shutdown` leave waits alone, but a wait that times out closes its whole group.
         """
-        for group in (self._control, *self._groups) if self.world > 1 else ():
+        for group in filter(None, (self._control, *self._groups) if self.world > 1 else ()):
             with suppress(RuntimeError):
                 nothing = torch.empty(1, dtype=torch.uint8)
                 group.recv([nothing], (self.rank + 1) % self.world, CUT_TAG).wait(timedelta(milliseconds=1))

@@ -55,7 +55,7 @@ class Pool:
         store: ``host:port`` at which the first trainer hosts the store that servers join through; port 0 is any free one,
             "auto" this host and a free port.
         version: of the program; servers must have the same.
-        silence: seconds without a heartbeat after which a server is dead.
+        silence: seconds without a heartbeat after which a server is dead; None is ``SILENCE``.
         announce: told the address of the store, on the first trainer.
 
     Raises:
@@ -68,13 +68,14 @@ class Pool:
         servers: int,
         store: str = "auto",
         version: str = "",
-        silence: float = SILENCE,
+        silence: float | None = None,
         announce: Callable[[str], None] | None = None,
     ) -> None:
         if servers < 0:
             raise ValueError(f"A pool was asked for with {servers} servers. Ask for the number to begin with, 0 or more.")
         self.home, self.version = home, version
         self._calls = self._tickets = self._epochs = 0
+        self._closed = False
         self._epoch = Epoch(0, [], home.world, home)
         self._published: OrderedDict[int, str] = OrderedDict()
         self._ballots = torch.zeros(home.world, 1, dtype=torch.uint8)
@@ -84,7 +85,7 @@ class Pool:
         if home.rank == 0:
             say = announce or (lambda text: logger.warning("attention servers join through %s", text))
             say(str(self.board.address))
-            self._roll = Roll(self.board.connect(), version, silence, logger.warning)
+            self._roll = Roll(self.board.connect(), version, silence or SILENCE, logger.warning)
         self._lookout = self.board.connect()
         self._beside = Beside("distattn pool", self._look)
         self._await_servers(servers)
@@ -142,7 +143,10 @@ class Pool:
         raise PeerError(f"{call} went wrong {ATTEMPTS} times, the last time with {failure}", self.home.rank) from failure
 
     def close(self) -> None:
-        """Sends the servers home. Needs no answer from any peer."""
+        """Sends the servers home, and frees the port of the store. Needs no answer from any peer."""
+        if self._closed:
+            return
+        self._closed = True
         if self._roll is not None and self._beside.is_alive():
             event = self.board.publish("end")
             deadline = time.monotonic() + 10 * BEAT
@@ -150,6 +154,9 @@ class Pool:
                 time.sleep(BEAT / 4)
         self._beside.stop()
         self._epoch.close()
+        for board in (self._lookout, self._roll.board if self._roll else None, self.board):
+            if board is not None:
+                board.close()
 
     def _open_board(self, store: str) -> Board:
         """Every trainer's connection to a store that the first one hosts; an error of one is raised by all."""
@@ -182,7 +189,7 @@ class Pool:
                 break
             address, store = f"{words['came']} of {servers} attention servers", self.board.address
             if words["late"]:
-                self._beside.stop()
+                self.close()
                 raise ValueError(
                     f"Only {address} came to {store} within the timeout of {self.home.timeout:g} s. Start them with "
                     f"distattn-serve-attention --store {store}, ask for fewer, or wait longer (parallel.timeout)."

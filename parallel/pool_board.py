@@ -81,6 +81,10 @@ class Board:
         """One more connection."""
         return Board(self.address)
 
+    def close(self) -> None:
+        """Lets go of the store; its port is free when the host's last connection and the last group that met in it are gone."""
+        del self._kept_open, self._store
+
     def groups(self, epoch: int) -> dist.Store:
         """Where the groups of an epoch meet."""
         return dist.PrefixStore(f"groups/{epoch}", self._store)

@@ -95,6 +95,7 @@ class PoolCommunicator(GlooCommunicator):
     def close(self) -> None:
         self.cut()
         super().close()
+        self._control = None  # groups hold their store, and plans that are held for long hold this
 
 
 class EpochWitness:

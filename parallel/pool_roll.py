@@ -44,7 +44,7 @@ class Roll:
 
     def __init__(self, board: Board, version: str, patience: float, say: Callable[[str], None]) -> None:
         self.patience = patience
-        self._board, self._version, self._say = board, version, say
+        self.board, self._version, self._say = board, version, say
         self._servers: dict[int, Known] = {}
         self._unread: list[int] = []  # numbers of servers that have not yet said who they are
         self._newest = 0
@@ -53,24 +53,24 @@ class Roll:
 
     def look(self) -> None:
         """Reads the board; for the thread."""
-        newest = self._board.newest_server()
+        newest = self.board.newest_server()
         self._unread += range(self._newest + 1, newest + 1)
         self._newest = newest
         for number in list(self._unread):
-            words = self._board.describe(number)
+            words = self.board.describe(number)
             if words is None:
                 continue
             self._unread.remove(number)
             if words["version"] != self._version:
                 why = f"it runs version {words['version']} of distattn, the trainers {self._version}. Install the same on all"
-                self._board.refuse(number, why)
+                self.board.refuse(number, why)
                 self._say(f"server {number} ({words['name']}) is refused: {why}")
                 continue
             with self._lock:
                 self._servers[number] = Known(number, words["name"], Beat(-1, 0, ""), time.monotonic())
         with self._lock:
             numbers = list(self._servers)
-        beats = self._board.beats(numbers)
+        beats = self.board.beats(numbers)
         with self._lock:
             for number, beat in beats.items():
                 known = self._servers.get(number)
@@ -118,4 +118,4 @@ class Roll:
             done = [key for event, key in self._litter if event < position]
             self._litter = [(event, key) for event, key in self._litter if event >= position]
         for key in done:
-            self._board.forget(key)
+            self.board.forget(key)

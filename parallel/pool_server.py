@@ -89,6 +89,8 @@ class AttentionServer:
         finally:
             self._beside.stop()
             self._close_epoch()
+            for board in (self._lookout, self.board):
+                board.close()
         return Work(ending, self._calls, why)
 
     def _serve(self) -> tuple[Ending, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from distattn import config
 from distattn.kernels.bands import K0, K1
 from distattn.parallel import schedule, schedules
 from distattn.parallel.layout import Layout
@@ -54,3 +55,4 @@ def install() -> None:
         return with_servers(layout, strategy.servers), with_servers(inner, strategy.servers)
 
     schedules.make_layout = schedule.make_layout = make_layout
+    config.SCHEDULES = (*config.SCHEDULES, "disaggregate")
