@@ -69,9 +69,7 @@ class Call:
 
     @classmethod
     def of_words(cls, words: dict[str, Any]) -> Call:
-        shape = dict(words["shape"])
-        for name in ("dtype", "home"):
-            shape[name] = getattr(torch, shape[name]) if shape[name] else None
+        shape = {name: getattr(torch, value) if isinstance(value, str) else value for name, value in words["shape"].items()}
         return cls(**{**words, "shape": Shape(**shape), "scores": Scores(**words["scores"])})
 
 
