@@ -135,3 +135,24 @@ def test_backends_are_those_that_there_are() -> None:
     from distattn.kernels import RANKING
 
     assert sorted(BACKENDS) == sorted(RANKING)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["parallel.servers=-1"], "parallel.servers=-1 must be at least 0"),
+        (["parallel.servers=2"], "parallel.servers=2 needs a schedule that gives work to ranks without tokens, found .*=zigzag"),
+        (["parallel.schedule=disaggregate", "parallel.servers=2", "parallel.keep=all"], "keep nothing between two calls"),
+        (["parallel.schedule=disaggregate", "parallel.servers=2", "train.device=cuda"], "reached over gloo, .* train.device=cpu"),
+        (["parallel.schedule=disaggregate", "parallel.servers=2", "parallel.ulysses=2"], "found parallel.ulysses=2"),
+        (["parallel.schedule=disaggregate", "parallel.servers=2", "parallel.dp=2"], "found parallel.dp=2"),
+        (["parallel.pool_store=node1"], "parallel.pool_store='node1' is no address. Write host:port"),
+        (["parallel.pool_store=node1:99999"], "is no address"),
+    ],
+)
+def test_pools_that_cannot_be_are_refused_before_anything_starts(
+    file: Path, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distattn.config.SCHEDULES", (*SCHEDULES, "disaggregate"))
+    with pytest.raises(ValueError, match=message):
+        load_config(file, words, 4)

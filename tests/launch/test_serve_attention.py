@@ -61,7 +61,7 @@ def ended(process: subprocess.Popen[str], seconds: float = 30.0) -> tuple[int, s
 
 
 def train(rank: int, world: int, folder: Path, store: str, victim: int | None) -> list[float]:
-    """The losses of a small run; ``victim`` is killed in the middle of its fourth step, right after a call was announced."""
+    """The losses of a small run; ``victim`` is killed in its fourth step, right after a call was announced."""
     from distattn.parallel.pool import Pool as Servers
 
     stand_in.install()

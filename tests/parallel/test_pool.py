@@ -8,6 +8,8 @@ import socket
 import time
 from collections.abc import Callable
 
+import pytest
+
 from distattn.parallel.comm import PeerError
 from distattn.parallel.mask import causal, documents, sliding_window
 from distattn.parallel.pool_server import Ending
@@ -175,3 +177,40 @@ def test_mistakes_are_named_on_every_trainer(gloo: Pool) -> None:
         assert "cannot be opened at 127.0.0.1:" in taken and "EADDRINUSE" in taken, taken
         assert "pool_store='nowhere' is no address" in nowhere, nowhere
         assert "-1 servers" in negative, negative
+
+
+def costs(rank: int, world: int) -> dict[str, float] | object:
+    """Milliseconds, medians."""
+    if rank == 2:
+        group_of(2)
+        return serve()
+    cp = trainers(2, 1, SILENCE)
+    problem = make_problem(documents([30, 5, 29]), seed=1)
+    attend(cp, problem)
+
+    def median(times: int, action: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(times):
+            started = time.perf_counter()
+            action()
+            seconds.append(time.perf_counter() - started)
+        return 1e3 * sorted(seconds)[times // 2]
+
+    def forward() -> None:
+        plan = cp.plan(problem.mask)
+        cp.attention(*(cp.shard(x, plan) for x in (problem.q, problem.k, problem.v)), plan)
+
+    found = {
+        "vote": median(500, lambda: cp.pool._vote(True)),
+        "forward of 64 tokens, 2 trainers and 1 server": median(100, forward),
+        "a new epoch": median(9, lambda: cp.pool._renew([], "")),
+    }
+    cp.close()
+    return found
+
+
+@pytest.mark.slow
+def test_what_a_pool_costs_a_call(gloo: Pool) -> None:
+    first, *_ = gloo(3).run(costs, timeout=60)
+    print("\n".join(f"{name}: {value:.3f} ms" for name, value in first.items()))
+    assert first["vote"] < 20, "a vote is one small message each way"
