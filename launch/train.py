@@ -110,7 +110,8 @@ def run(config: Config, place: Place) -> None:
     try:
         trainer.train()
     finally:
-        trainer.cp.close()
+        if trainer.cp.pool is not None:
+            trainer.cp.pool.close()  # servers are told; the groups end with the process, as after an error nobody may wait
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -187,16 +187,16 @@ class Pool:
             words = self._from_first({"came": came, "late": waited > self.home.timeout})
             if words["came"] >= servers:
                 break
-            address, store = f"{words['came']} of {servers} attention servers", self.board.address
+            who, store = f"{words['came']} of {servers} attention servers", self.board.address
             if words["late"]:
                 self.close()
                 raise ValueError(
-                    f"Only {address} came to {store} within the timeout of {self.home.timeout:g} s. Start them with "
+                    f"Only {who} came to {store} within the timeout of {self.home.timeout:g} s. Start them with "
                     f"distattn-serve-attention --store {store}, ask for fewer, or wait longer (parallel.timeout)."
                 )
             if self._roll and waited - shown > PROGRESS_SECONDS:
                 shown = waited
-                logger.warning("%s are here after %.0f s; they join through %s", address, waited, store)
+                logger.warning("%s are here after %.0f s; they join through %s", who, waited, store)
             time.sleep(BEAT / 2)
         if servers:
             self._renew([], "")

@@ -97,10 +97,6 @@ class Board:
         self._store.set(f"event/{self._events}", json.dumps({"kind": kind, **words}))
         return self._events
 
-    @property
-    def next_event(self) -> int:
-        return self._events + 1
-
     def forget(self, key: str) -> None:
         self._store.delete_key(key)
 
