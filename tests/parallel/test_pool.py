@@ -73,7 +73,7 @@ def deaths(rank: int, world: int) -> tuple[list[float], list[float], list[str], 
     if rank >= 2:
         group_of(2)
         strike = send_self(signal.SIGKILL)
-        return serve(Fault(aten(), "forward", 6, strike) if rank == 2 else Fault(aten(), "backward", 12, strike))
+        return serve(Fault(aten(), "forward", 3, strike) if rank == 2 else Fault(aten(), "backward", 6, strike))
     lines = Lines()
     cp = trainers(2, 2, SILENCE)
     problem = make_problem(documents([30, 5, 60]), seed=1)
@@ -106,7 +106,7 @@ def stall(rank: int, world: int, number: signal.Signals) -> tuple[float, float, 
     """Rank 1 stops in the middle of a call, connections open; rank 2 waits for nobody but the trainer."""
     if rank:
         group_of(1)
-        return serve(Fault(aten(), "forward", 4, send_self(number)) if rank == 1 else None)
+        return serve(Fault(aten(), "forward", 3, send_self(number)) if rank == 1 else None)
     lines = Lines()
     cp = trainers(1, 2, SILENCE)
     problem = make_problem(causal(64), seed=2)
