@@ -21,6 +21,7 @@ SCHEDULES = ("ring", "zigzag", "striped", "double_ring", "gather", "tree", "disa
 TAKE_SPEEDS = ("disaggregate",)  # schedules that share out work by the speeds of the ranks
 SPEEDS = ("equal", "measure")
 SLOWEST = 1 / 64  # of the fastest rank; slower ones are of no use
+POOLED = ("disaggregate",)  # schedules that give work to servers
 LAYOUTS = ("contiguous", "zigzag", "striped")
 ROTATE = ("auto", "kv", "q")
 KEEP = ("last", "all", "none")
@@ -105,6 +106,10 @@ class ParallelConfig:
     in_flight: int = key(0, "owners whose queries travel at once in a tree; 0 is its own choice")
     rotate: str = key("auto", f"what travels in the backward pass of a ring: {', '.join(ROTATE)} (auto: fewer bytes)")
     laps: int = key(0, "rounds of a ring, each with its part of every shard: 2 halve its memory; 0 is its own choice, 1")
+    servers: int = key(0, "attention servers to wait for, beside these ranks (distattn-serve-attention); more may join later")
+    pool_store: str = key(
+        "auto", "host:port at which rank 0 lets servers join; auto: this host, any free port (see out/pool_store)"
+    )
     keep: str = key("last", f"received keys that stay until the backward pass: {', '.join(KEEP)}")
     smallest: int = key(128, "query rows of a piece that disaggregate takes off its rank, unless its document is shorter")
     tolerance: float = key(0.0, "a rank's work above its share that disaggregate may leave, 0.02 is 2%; 0 is its own choice")
@@ -351,6 +356,7 @@ def check_parallel(config: Config, world_size: int) -> None:
     _one_of("parallel.rotate", parallel.rotate, ROTATE)
     _one_of("parallel.keep", parallel.keep, KEEP)
     _at_least("parallel.ulysses", parallel.ulysses, 1)
+    check_pool(config)
     _at_least("parallel.smallest", parallel.smallest, 1)
     for name in ("node_devices", "stages", "in_flight", "laps", "tolerance", "receive_rows"):
         _at_least(f"parallel.{name}", getattr(parallel, name), 0)
@@ -448,6 +454,36 @@ def strategy_of(parallel: ParallelConfig) -> Strategy:
         cast("Keep", parallel.keep),
         parallel.laps or None,
     )
+
+
+def check_pool(config: Config) -> None:
+    parallel = config.parallel
+    _at_least("parallel.servers", parallel.servers, 0)
+    if parallel.pool_store != "auto":
+        host, _, port = parallel.pool_store.rpartition(":")
+        if not host or not port.isdigit() or int(port) > 65535:
+            raise ValueError(
+                f"parallel.pool_store={parallel.pool_store!r} is no address. Write host:port with a port of 0 (any free one) to "
+                "65535, or auto."
+            )
+    if not parallel.servers:
+        return
+    what = f"parallel.servers={parallel.servers}"
+    if parallel.schedule not in POOLED:
+        raise ValueError(
+            f"{what} needs a schedule that gives work to ranks without tokens, found parallel.schedule={parallel.schedule}. "
+            f"Use parallel.schedule={POOLED[0]}, or parallel.servers=0."
+        )
+    for name, wanted in (("dp", 1), ("ulysses", 1), ("nano_batches", 1), ("speeds", "equal")):
+        if getattr(parallel, name) != wanted:
+            raise ValueError(
+                f"{what} serve one sequence with all of its heads at a time, at one speed: found parallel.{name}="
+                f"{getattr(parallel, name)}. Use parallel.{name}={wanted}, or parallel.servers=0."
+            )
+    if parallel.keep == "all":
+        raise ValueError(f"{what} keep nothing between two calls, found parallel.keep=all. Leave it out, or parallel.servers=0.")
+    if config.train.device == "cuda":
+        raise ValueError(f"{what} are reached over gloo, with tensors on the CPU. Use train.device=cpu, or parallel.servers=0.")
 
 
 def context_ranks(config: Config, world_size: int) -> int:

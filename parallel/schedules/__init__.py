@@ -116,6 +116,9 @@ SCHEDULES: dict[str, Named] = {
 }
 
 
+POOLED = ("disaggregate",)  # schedules that give work to ranks without tokens
+
+
 def checked_strategy(strategy: Strategy | str, world: int) -> Strategy:
     """The strategy if it can be built for ``world`` ranks.
 
