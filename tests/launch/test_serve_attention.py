@@ -21,23 +21,16 @@ from distattn.metrics import read
 from distattn.parallelize import make_world
 from distattn.trainer import Trainer
 from tests.distattn.small_run import small_config, small_tokens
-from tests.workers import TESTS, Pool
+from tests.workers import Pool
 
-START = """
-import sys, types
-sys.path[:] = [path for path in sys.path if path]
-sys.modules["tests"] = tests = types.ModuleType("tests")
-tests.__path__ = [sys.argv.pop(1)]
-from distattn.launch.serve_attention import main
-sys.exit(main())
-"""
+START = "import sys; from distattn.launch.serve_attention import main; sys.exit(main())"
 
 
 @contextmanager
 def server(*words: str) -> Iterator[subprocess.Popen[str]]:
     """A launcher in a process of its own, which is gone afterwards."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
-    command = [sys.executable, "-c", START, str(TESTS), *words]
+    command = [sys.executable, "-c", START, *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     try:
         yield process
@@ -61,7 +54,7 @@ def train(rank: int, world: int, folder: Path, store: str, victim: int | None) -
     """The losses of a small run; ``victim`` is killed in its fourth step, right after a call was announced."""
     from distattn.parallel.pool import Pool as Servers
 
-        publish = Servers._publish
+    publish = Servers._publish
     layers, killed_at = 2, 3 * 4 + 2
 
     def publish_and_kill(self, call, ticket):
@@ -73,8 +66,8 @@ def train(rank: int, world: int, folder: Path, store: str, victim: int | None) -
     killed: list[int] = []
     Servers._publish = publish_and_kill  # type: ignore[method-assign]
     try:
-        options = {"parallel__schedule": "disaggregate", "parallel__smallest": 4, "parallel__servers": 2, "parallel__pool_store": store}
-        config = small_config(folder, world, parallel__timeout=60.0, model__layers=layers, **options)
+        options = {"parallel__servers": 2, "parallel__pool_store": store, "parallel__timeout": 60.0, "model__layers": layers}
+        config = small_config(folder, world, parallel__schedule="disaggregate", parallel__smallest=4, **options)
         trainer = Trainer(config, make_world(config, torch.device("cpu")))
         trainer.train()
         trainer.cp.close()
