@@ -98,7 +98,7 @@ class TrainConfig:
 @dataclass
 class ParallelConfig:
     schedule: str = key("zigzag", f"how attention is spread over ranks: {', '.join(SCHEDULES)}")
-    cluster: str = key("", "description of the machines, for schedule=auto: a100, h100, h200, l40s, gloo2 or a file")
+    cluster: str = key("", "description of the machines, for auto and disaggregate: a100, h100, h200, l40s, gloo2 or a file")
     layout: str = key("", f"which rank holds which tokens: {', '.join(LAYOUTS)}; empty is the schedule's own")
     ulysses: int = key(1, "neighbouring ranks that exchange heads for tokens around the schedule")
     node_devices: int = key(0, "ranks of a sequence in one node, for double_ring and tree; 0 means all of them")

@@ -104,6 +104,7 @@ def balance_of(config: Config, world: World) -> Balance:
     parallel = config.parallel
     return Balance.of(
         attention_call(config, world).shape,
+        load_cluster(parallel.cluster) if parallel.cluster else None,
         tolerance=parallel.tolerance or None,
         receive_rows=parallel.receive_rows or None,
         smallest=parallel.smallest,

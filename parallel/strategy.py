@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from distattn.parallel.assign import Cost
-from distattn.parallel.plan import What
+from distattn.parallel.assign_cost import Cost
+from distattn.parallel.cluster import Cluster
 from distattn.parallel.shape import Shape
 from distattn.parallel.transpose import Keep
 
@@ -19,8 +19,8 @@ class Balance:
 
     Args:
         forward, backward: what rows weigh in each pass; the backward plan is made for its own.
-        tolerance: the most that a rank may have above its share, as a part of it; what cannot be reached is refused. None: 0.02
-            where that can be reached, else a little more.
+        tolerance: the most that a rank may have above its share, as a part of it; what cannot be reached is refused. None: the
+            least from 0.02 on that can be, or where the costs know links the one with the least predicted time.
         receive_rows: rows of queries and keys that a rank may receive; None: as many as it takes.
         smallest: query rows of a piece that leaves its rank, unless its document is shorter.
         speeds: of every rank, relative to each other; None: all alike.
@@ -34,12 +34,15 @@ class Balance:
     speeds: tuple[float, ...] | None = None
 
     @classmethod
-    def of(cls, shape: Shape, **options: Any) -> Balance:
-        """With rows weighed in bytes that travel for these heads and dtypes, in the backward pass with q, k and v sent again."""
-        weigh = lambda *whats: sum(shape.row_bytes(what) for what in whats)  # noqa: E731
-        forward = Cost(weigh(What.KV), weigh(What.Q, What.DONE), weigh(What.Q, What.OUT))
-        query = weigh(What.Q, What.DOUT, What.DQ)
-        return cls(forward, Cost(weigh(What.KV, What.DKV), query, query), **options)
+    def of(cls, shape: Shape, cluster: Cluster | None = None, **options: Any) -> Balance:
+        """With rows weighed in bytes that travel for these heads and dtypes.
+
+        Args:
+            cluster: what pairs and bytes take there counts too, links inside of nodes and between them apart.
+        """
+        if cluster is not None:
+            return cls(Cost.of(cluster, shape, "forward"), Cost.of(cluster, shape, "backward"), **options)
+        return cls(Cost.of_rows(shape, "forward"), Cost.of_rows(shape, "backward"), **options)
 
 
 @dataclass(frozen=True)
