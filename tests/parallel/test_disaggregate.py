@@ -13,15 +13,18 @@ from hypothesis import strategies as st
 from distattn.kernels.reference import Reference
 from distattn.parallel import layout as layouts
 from distattn.parallel import mask as masks
+from distattn.parallel.assign_cost import Cost
 from distattn.parallel.assignment import Assignment
 from distattn.parallel.layout import Layout
 from distattn.parallel.plan import DST, NEED, OWNER, POST, SRC, START, STOP, WHAT, Plan, What
 from distattn.parallel.program import compile_program
+from distattn.parallel.schedule import make_schedule
 from distattn.parallel.schedules.disaggregate import disaggregate
 from distattn.parallel.shape import Shape
 from distattn.parallel.statistics import peak_buffer_rows, wasted_rows, work
+from distattn.parallel.strategy import Balance, Strategy
 from distattn.parallel.transpose import transpose
-from distattn.parallel.verify import PlanError, verify
+from distattn.parallel.verify import PlanError, verify, verify_schedule
 from tests.parallel.attend import check, exact, make_problem, on_threads, one_device
 from tests.parallel.plans import MASKS, make_layout, make_mask
 from tests.parallel.test_plan import dense_cover
@@ -146,6 +149,27 @@ def test_precision(dtype, tolerance):
     alone = errors(one_device(problem, load("aten")), want)
     ours = errors(found, want)
     assert all(ours[name] <= 1.05 * alone[name] + 1e-7 for name in ours), (ours, alone)
+
+
+@pytest.mark.parametrize(
+    ("world", "servers", "heads", "stages"),
+    [(2, 0, (4, 4), 1), (3, 1, (4, 1), 2), (16, 0, (4, 2), 2), (16, 6, (2, 2), 1), (64, 0, (4, 1), 2), (64, 16, (2, 1), 3)],
+)
+def test_balanced_shares_on_many_ranks(world, servers, heads, stages):
+    """What the planner makes of documents of 1 token to longer than a rank's; forward and backward with pieces of their own."""
+    rows = max(96, 12 * (world - servers))
+    lengths = [1, rows // 2, 1, rows // 8, 7, 1]
+    mask = masks.documents([*lengths, rows - sum(lengths)])
+    strategy = Strategy("disaggregate", servers=servers, stages=stages, balance=Balance(Cost(), Cost(1, 4, 4), smallest=1))
+    schedule = make_schedule(strategy, mask, world)
+    plan, back = schedule.forward, schedule.backward()
+    verify_schedule(schedule)
+    share = mask.bands.area / world
+    assert {What.Q, What.KV} <= set(plan.transfers[:, WHAT])
+    assert max(work(plan).max(), work(back).max()) <= 1.3 * share + 2, "few rows a rank: shares cannot be cut evenly"
+    problem = make_problem(mask, torch.float32, heads=heads, d=8, d_v=8)
+    found = on_threads(plan, back, problem, timeout=120.0)
+    check(found, exact(problem), 1e-6)
 
 
 def test_striped_rows_are_refused():

@@ -12,7 +12,7 @@ from distattn import ContextParallel
 from distattn.kernels.aten import Aten
 from distattn.parallel.comm_process import ProcessCommunicator
 from distattn.parallel.schedules.ring import ring
-from distattn.parallel.strategy import Strategy
+from distattn.parallel.strategy import Balance, Strategy
 from distattn.parallel.transpose import transpose
 from tests.distattn.dense import dense_attention, error
 from tests.parallel.attend import Problem, attend, errors, exact, make_problem, programs
@@ -29,6 +29,8 @@ STRATEGIES = (
     Strategy("gather", stages=3),
     Strategy("tree", devices=2),
     Strategy("gather", layout="zigzag", ulysses=2),
+    Strategy("disaggregate", balance=Balance(smallest=2)),
+    Strategy("disaggregate", stages=1, keep="all", servers=1, balance=Balance(smallest=1)),
 )
 
 Errors = dict[str, dict[str, float]]
