@@ -295,7 +295,7 @@ class Pool:
         end = f"; {consequence}" if consequence else ""
         end += f" ({cause})" if cause and consequence else ""
         logger.warning("%s", "; ".join([*lines, now]) + end)
-        event = board.publish(
+        board.publish(
             "epoch",
             epoch=number,
             servers=servers,
@@ -303,8 +303,6 @@ class Pool:
             lanes=self.home.lanes,
             timeout=self.home.timeout,
         )
-        roll.litter(event, f"event/{event - 1}")
-        roll.litter(event, f"event/{event}")
         return {"epoch": number, "servers": servers}
 
     def _await_answers(self, number: int, asked: list[int]) -> list[int]:
@@ -326,6 +324,7 @@ class Pool:
         known = self._roll[server]
         self._roll.strike_off(server)
         if known.beat.leaving:
+            self.board.drop(server, known.beat.leaving, for_good=False)  # it may be far behind with reading events
             return f"{known} leaves: {known.beat.leaving}"
         why = f"does not answer since {known.silence:.1f} s"
         if fails:

@@ -86,6 +86,8 @@ class AttentionServer:
             ending, why = self._serve()
         except StoreGone as error:
             ending, why = Ending.GONE, (str(error).splitlines() or [""])[0]
+            if self._dropped:  # an event that only members wait for may be gone
+                ending, why = self._reason_to_stop()
         finally:
             self._beside.stop()
             self._close_epoch()
@@ -133,9 +135,9 @@ class AttentionServer:
         return found
 
     def _reason_to_stop(self) -> tuple[Ending, str]:
-        if self._dropped:
+        if self._dropped and not self._leaving:
             return Ending.REFUSED if self._dropped["for_good"] else Ending.DROPPED, str(self._dropped["why"])
-        if self._beside.lost:
+        if self._beside.lost and not self._dropped:
             return Ending.GONE, self._beside.lost
         return Ending.LEFT, self._leaving
 

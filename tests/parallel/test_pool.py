@@ -14,7 +14,7 @@ from distattn.parallel.comm import PeerError
 from distattn.parallel.mask import causal, documents, sliding_window
 from distattn.parallel.pool_server import Ending
 from tests.parallel.attend import make_problem
-from tests.parallel.pools import TOLERANCE, Fault, Lines, aten, attend, group_of, say, send_self, serve, trainers
+from tests.parallel.pools import TOLERANCE, Fault, Lines, aten, attend, await_key, group_of, say, send_self, serve, trainers
 from tests.workers import Outcome, Pool
 
 SILENCE = 1.0  # seconds, in these tests
@@ -106,6 +106,7 @@ def stall(rank: int, world: int, number: signal.Signals) -> tuple[float, float, 
     """Rank 1 stops in the middle of a call, connections open; rank 2 waits for nobody but the trainer."""
     if rank:
         group_of(1)
+        say(f"pid {rank}", str(os.getpid()))
         return serve(Fault(aten(), "forward", 3, send_self(number)) if rank == 1 else None)
     lines = Lines()
     cp = trainers(1, 2, SILENCE)
@@ -116,24 +117,27 @@ def stall(rank: int, world: int, number: signal.Signals) -> tuple[float, float, 
         worst = max(worst, *attend(cp, problem).values())
         longest = max(longest, time.monotonic() - started)
     left = cp.pool.servers
+    os.kill(int(await_key("pid 1")), signal.SIGKILL)  # it would stay stopped
     cp.close()
     return worst, longest, lines.lines, left
 
 
 def test_a_server_that_stops_is_dropped_and_its_call_runs_again(spawn: Callable[..., list[Outcome]]) -> None:
-    outcomes = spawn(3, stall, signal.SIGSTOP, timeout=60, grace=15.0)
+    outcomes = spawn(3, stall, signal.SIGSTOP, timeout=60)
     trainer, stopped, other = outcomes[0], outcomes[1], outcomes[2]
-    assert trainer.ok and other.ok and not stopped.ok, [str(o) for o in outcomes]
+    assert trainer.ok and other.ok and stopped.exitcode == -signal.SIGKILL, [str(o) for o in outcomes]
     worst, longest, lines, left = trainer.value
     assert worst <= TOLERANCE and left == 1 and longest < SILENCE + MARGIN
     assert any("dropped; 1 server, epoch 2; attention call" in line for line in lines), lines
     assert other.value[0] == Ending.FINISHED
 
 
-def trainer_dies(rank: int, world: int) -> tuple[float, str] | object:
+def trainer_dies(rank: int, world: int) -> tuple[Ending, float, str]:
+    """Rank 1 is killed; rank 0 is told, and ends with the store that it hosts; rank 2, a server, tells the tale."""
     if rank == 2:
         group_of(2)
-        return serve()
+        ending, _, _ = serve()
+        return ending, float(await_key("seconds")), await_key("error")
     cp = trainers(2, 1, SILENCE, timeout=8.0)
     problem = make_problem(causal(40))
     attend(cp, problem)
@@ -143,15 +147,16 @@ def trainer_dies(rank: int, world: int) -> tuple[float, str] | object:
     try:
         attend(cp, problem)
     except PeerError as error:
-        return time.monotonic() - started, str(error)
-    return 0.0, "no error"
+        say("seconds", f"{time.monotonic() - started}")
+        say("error", str(error))
+    os._exit(3)
 
 
 def test_a_trainer_that_dies_ends_the_job_and_its_servers_say_so(spawn: Callable[..., list[Outcome]]) -> None:
     outcomes = spawn(3, trainer_dies, timeout=60)
-    assert outcomes[0].ok and outcomes[1].exitcode == -signal.SIGKILL, [str(o) for o in outcomes]
-    seconds, text = outcomes[0].value
-    assert "rank 1: DEAD" in text and seconds < 8.0 + MARGIN, text
+    assert outcomes[0].exitcode == 3 and outcomes[1].exitcode == -signal.SIGKILL and outcomes[2].ok, [str(o) for o in outcomes]
+    ending, seconds, text = outcomes[2].value
+    assert ending == Ending.GONE and "rank 1: DEAD" in text and seconds < 8.0 + MARGIN, (ending, text)
 
 
 def alone(rank: int, world: int) -> list[str]:
