@@ -130,8 +130,8 @@ def _figure(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def _ptxas(ptx: str, arch: int) -> tuple[int, int, bool]:
-    """(registers, bytes spilled, whether wgmma runs one by one), from the assembler that triton ships."""
+def assemble(ptx: str, arch: int) -> tuple[int, int, str]:
+    """(registers, bytes spilled, all that was said) by the assembler that triton ships."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     blackwell = tools / "ptxas-blackwell"
     tool = blackwell if arch >= 100 and blackwell.exists() else tools / "ptxas"
@@ -141,8 +141,7 @@ def _ptxas(ptx: str, arch: int) -> tuple[int, int, bool]:
         name = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
         done = subprocess.run([tool, "-v", name, source, "-o", f"{folder}/kernel.o"], capture_output=True, text=True, check=True)
     spills = _figure(r"(\d+) bytes spill stores", done.stderr) + _figure(r"(\d+) bytes spill loads", done.stderr)
-    serialized = re.search(r"wgmma.*serializ", done.stderr) is not None
-    return _figure(r"Used (\d+) registers", done.stderr), spills, serialized
+    return _figure(r"Used (\d+) registers", done.stderr), spills, done.stderr
 
 
 def compile_case(case: Case, launch: Launch | None = None, kernel: JITFunction | None = None) -> Compiled:
@@ -162,7 +161,8 @@ def compile_case(case: Case, launch: Launch | None = None, kernel: JITFunction |
     seconds = time.perf_counter() - began
     if target.backend == "cuda":
         ptx = made.asm["ptx"]
-        registers, spills, serialized = _ptxas(ptx, target.arch)
+        registers, spills, said = assemble(ptx, target.arch)
+        serialized = re.search(r"wgmma.*serializ", said) is not None
         products = [line for line in ptx.splitlines() if "mma" in line]
         wgmma, mma = ptx.count("wgmma.mma_async"), ptx.count("mma.sync.aligned") + ptx.count("tcgen05.mma")
         tf32 = any("tf32" in line for line in products)
