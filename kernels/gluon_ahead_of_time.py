@@ -142,6 +142,7 @@ def _source(launched: Launched) -> GluonASTSource:
     signature: dict[str, str] = {name: "constexpr" for name in constants}
     attributes = {}
     unspecialized = set(function.do_not_specialize or ())
+    annotated = {parameter.name for parameter in function.params if parameter.is_constexpr}
     for place, (name, x) in enumerate(zip(function.arg_names, launched.arguments, strict=False)):
         aligned = False
         if isinstance(x, torch.Tensor):
@@ -149,8 +150,8 @@ def _source(launched: Launched) -> GluonASTSource:
         elif isinstance(x, float):
             signature[name] = "fp32"
         elif isinstance(x, int):
-            if x == 1 and name not in unspecialized:
-                signature[name], constants[name] = "constexpr", 1
+            if name in annotated or x == 1 and name not in unspecialized:
+                signature[name], constants[name] = "constexpr", x
                 continue
             signature[name], aligned = "i32", x % 16 == 0 and name not in unspecialized
         else:

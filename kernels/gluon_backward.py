@@ -237,8 +237,9 @@ def _sum_keys(
 @gluon.jit(do_not_specialize=["n_k", "padded", "query_tiles"])
 def key_gradient_kernel(
     q_from, q2_from, k_from, k2_from, v_from, v2_from, g_from, g2_from, lse_from, delta_from, DK, DV, SCRATCH,
-    SLOTS, COUNTS, TILES, PTR, ENTRIES, q_head, k_head, v_head, g_head, dk_token, dk_head, dv_token, dv_head,
-    heads, group, n_k, padded, query_tiles, inner, outer, scale,
+    SLOTS, COUNTS, TILES, PTR, ENTRIES, q_head: gl.constexpr, k_head: gl.constexpr, v_head: gl.constexpr, g_head: gl.constexpr,
+    dk_token: gl.constexpr, dk_head: gl.constexpr, dv_token: gl.constexpr, dv_head: gl.constexpr,
+    heads: gl.constexpr, group: gl.constexpr, n_k, padded, query_tiles, inner, outer, scale,
     D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr, KEY_TILES: gl.constexpr,
     BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr, FUSED: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,

@@ -279,8 +279,9 @@ def _consume(
 @gluon.jit(do_not_specialize=["n_q"])
 def forward_kernel(
     q_from, q2_from, k_from, k2_from, v_from, v2_from, o_to, O, LSE, O_IN, SLOTS, COUNTS, TILES, PTR, ENTRIES,
-    q_head, k_head, v_head, o_token, o_head, lse_token, lse_head, in_token, in_head,
-    heads, group, n_q, inner, outer,
+    q_head: gl.constexpr, k_head: gl.constexpr, v_head: gl.constexpr, o_token: gl.constexpr, o_head: gl.constexpr,
+    lse_token: gl.constexpr, lse_head: gl.constexpr, in_token: gl.constexpr, in_head: gl.constexpr,
+    heads: gl.constexpr, group: gl.constexpr, n_q, inner, outer,
     D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr,
     CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     STATE: gl.constexpr, ALL_ROWS: gl.constexpr, TMA_OUT: gl.constexpr, SOFTCAP: gl.constexpr,

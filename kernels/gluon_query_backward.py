@@ -153,7 +153,8 @@ def _sum_queries(
 @gluon.jit(do_not_specialize=["n_q", "padded"])
 def query_gradient_kernel(
     q_from, q2_from, k_from, k2_from, v_from, v2_from, g_from, g2_from, DQ, LSE, DELTA, SLOTS, COUNTS, TILES, PTR, ENTRIES,
-    q_head, k_head, v_head, g_head, dq_token, dq_head, heads, group, n_q, padded, inner, outer, scale,
+    q_head: gl.constexpr, k_head: gl.constexpr, v_head: gl.constexpr, g_head: gl.constexpr,
+    dq_token: gl.constexpr, dq_head: gl.constexpr, heads: gl.constexpr, group: gl.constexpr, n_q, padded, inner, outer, scale,
     D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     SOFTCAP: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
