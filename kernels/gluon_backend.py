@@ -14,7 +14,7 @@ from torch.torch_version import TorchVersion
 
 from distattn.kernels.bands import Bands
 from distattn.kernels.contract import Scores, State
-from distattn.kernels.gluon_launch import FORWARD, FUSED, KEYS, QUERIES, ROWS, SCRATCH, parts
+from distattn.kernels.gluon_launch import FORWARD, FUSED, KEYS, PARTS, QUERIES, ROWS, SCRATCH
 from distattn.kernels.gluon_schedule import heads_per_section, schedule
 from distattn.kernels.tiles import TileTable, tile_table
 
@@ -42,7 +42,9 @@ def addressable(x: Tensor) -> str | None:
     if x.shape[0] > 1 and token < (x.shape[1] - 1) * head + x.shape[2]:
         return f"strides {x.stride()} with heads outside of tokens (make it token-major, [T, H, D])"
     if column != 1 or token % 8 or head % 8 or x.data_ptr() % 16:
-        return f"strides {x.stride()} at address {x.data_ptr() % 16} modulo 16 (rows and heads must begin at multiples of 16 bytes)"
+        return (
+            f"strides {x.stride()} at address {x.data_ptr() % 16} modulo 16 (rows and heads must begin at multiples of 16 bytes)"
+        )
     return None
 
 
@@ -153,12 +155,12 @@ class GluonBackend:
             _fill_idle(table, row.consumers * 64, target, state, fresh)
         if table.n_work == 0 or q.shape[1] == 0:
             return state
-        (d, d2), (d_v, d_v2) = parts(FORWARD, q.shape[2]), parts(FORWARD, v.shape[2])
+        (d, d2), (d_v, d_v2) = PARTS[q.shape[2]], PARTS[v.shape[2]]
         staged = row.stage_out and fresh and target.dtype == q.dtype and addressable(target) is None
         given = target if fresh else state.o
         descriptors = [boxes(q, 64, d, d2), boxes(k, row.block_k, d, d2), boxes(v, row.block_k, d_v, d_v2)]
         section = heads_per_section(q.shape[1], k.shape[1], k.shape[0] * (q.shape[2] + v.shape[2]) * 2)
-        plan = schedule(table, q.shape[1], section, self._processors(q.device))
+        plan = schedule(table, row.consumers * 64, q.shape[1], section, self._processors(q.device))
         with _on(q.device):
             self._kernel(FORWARD)[(plan.programs,)](
                 *(box for pair in descriptors for box in pair),
@@ -167,10 +169,9 @@ class GluonBackend:
                 state.lse,
                 given,
                 *plan.on(q.device),
-                *table.on(q.device),
+                table.on(q.device).entries,
                 *(x.stride(1) for x in (q, k, v)),
                 *(stride for x in (target, state.lse, given) for stride in x.stride()[:2]),
-                q.shape[1],
                 q.shape[1] // k.shape[1],
                 q.shape[0],
                 *_bend(scores),
@@ -209,7 +210,8 @@ class GluonBackend:
         if q.shape[0] == 0 or k.shape[0] == 0 or len(bands) == 0:
             return
         dout = dout if dout.dtype == q.dtype and addressable(dout) is None else dout.to(q.dtype).contiguous()
-        statistics = _statistics(lse, delta)
+        first = not self.deterministic and q.shape[2] == 64 and not scores.softcap
+        statistics = _statistics(lse, delta, -1 / scores.scale if first else LOG2_E, -1.0 if first else 1.0)
         inputs = q, k, v, dout, statistics
         if self.deterministic:
             self._key_gradients(KEYS, inputs, bands, scores, dk, dv, dq)
@@ -230,14 +232,16 @@ class GluonBackend:
         q, k, v, dout, (lse, delta) = inputs
         row = self._row(kind, q.shape[2], v.shape[2])
         block_k, block_q = row.key_tiles * 64, row.block_q
-        table = tile_table(bands, q.shape[0], k.shape[0], block_q, block_k, "k", kind == FUSED)
+        # fused: pieces of dq are whole tiles; else lse and delta are copied from multiples of 16 bytes
+        align = block_q if kind == FUSED else 4
+        table = tile_table(bands, q.shape[0], k.shape[0], block_q, block_k, "k", align)
         if table.n_work == 0:
             return
-        (d, d2), (d_v, d_v2) = parts(kind, q.shape[2]), parts(kind, v.shape[2])
+        (d, d2), (d_v, d_v2) = PARTS[q.shape[2]], PARTS[v.shape[2]]
         descriptors = [boxes(q, block_q, d, d2), boxes(k, 64, d, d2), boxes(v, 64, d_v, d_v2), boxes(dout, block_q, d_v, d_v2)]
         heads, group = k.shape[1], q.shape[1] // k.shape[1]
         section = heads_per_section(heads, heads, group * q.shape[0] * (q.shape[2] + v.shape[2]) * 2)
-        plan = schedule(table, heads, section, None)
+        plan = schedule(table, block_k, heads, section, None)
         with _on(q.device):
             self._kernel(kind)[(plan.programs,)](
                 *(box for pair in descriptors for box in pair),
@@ -247,10 +251,9 @@ class GluonBackend:
                 dv,
                 scratch,
                 *plan.on(q.device),
-                *table.on(q.device),
+                table.on(q.device).entries,
                 *(x.stride(1) for x in (q, k, v, dout)),
                 *(stride for x in (dk, dv) for stride in x.stride()[:2]),
-                heads,
                 group,
                 k.shape[0],
                 lse.shape[1],
@@ -266,6 +269,7 @@ class GluonBackend:
                 STAGES=row.stages,
                 SOFTCAP=scores.softcap != 0,
                 FUSED=kind == FUSED,
+                STATISTICS_FIRST=kind == FUSED and q.shape[2] == 64 and not scores.softcap,
                 **_registers(row),
             )
 
@@ -275,10 +279,15 @@ class GluonBackend:
         table = tile_table(bands, q.shape[0], k.shape[0], 128, row.block_k, "q")
         if table.n_work == 0:
             return
-        (d, d2), (d_v, d_v2) = parts(QUERIES, q.shape[2]), parts(QUERIES, v.shape[2])
-        descriptors = [boxes(q, 64, d, d2), boxes(k, row.block_k, d, d2), boxes(v, row.block_k, d_v, d_v2), boxes(dout, 64, d_v, d_v2)]
+        (d, d2), (d_v, d_v2) = PARTS[q.shape[2]], PARTS[v.shape[2]]
+        descriptors = [
+            boxes(q, 64, d, d2),
+            boxes(k, row.block_k, d, d2),
+            boxes(v, row.block_k, d_v, d_v2),
+            boxes(dout, 64, d_v, d_v2),
+        ]
         section = heads_per_section(q.shape[1], k.shape[1], k.shape[0] * (q.shape[2] + v.shape[2]) * 2)
-        plan = schedule(table, q.shape[1], section, None)
+        plan = schedule(table, 128, q.shape[1], section, None)
         with _on(q.device):
             self._kernel(QUERIES)[(plan.programs,)](
                 *(box for pair in descriptors for box in pair),
@@ -286,10 +295,9 @@ class GluonBackend:
                 lse,
                 delta,
                 *plan.on(q.device),
-                *table.on(q.device),
+                table.on(q.device).entries,
                 *(x.stride(1) for x in (q, k, v, dout)),
                 *dq.stride()[:2],
-                q.shape[1],
                 q.shape[1] // k.shape[1],
                 q.shape[0],
                 lse.shape[1],
@@ -326,14 +334,14 @@ def _registers(row: Any) -> dict[str, int]:
     }
 
 
-def _statistics(lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """lse in base 2 and delta as [H, T padded to 16 bytes]; rows that saw nothing get lse +inf, which makes their p 0."""
+def _statistics(lse: Tensor, delta: Tensor, lse_factor: float, delta_factor: float) -> tuple[Tensor, Tensor]:
+    """lse and delta times their factors as [H, T padded to 16 bytes]; rows that saw nothing get an lse that makes their p 0."""
     rows, heads = lse.shape
+    nothing = torch.inf if lse_factor > 0 else -torch.inf
     both = torch.empty(2, heads, -(-rows // 4) * 4, dtype=torch.float32, device=lse.device)
-    torch.mul(lse.T, LOG2_E, out=both[0, :, :rows])
-    both[0].masked_fill_(both[0] == -torch.inf, torch.inf)
-    both[1, :, :rows] = delta.T
-    both[0, :, rows:], both[1, :, rows:] = torch.inf, 0.0
+    torch.mul(lse.masked_fill(lse == -torch.inf, torch.inf).T, lse_factor, out=both[0, :, :rows])
+    torch.mul(delta.T, delta_factor, out=both[1, :, :rows])
+    both[0, :, rows:], both[1, :, rows:] = nothing, 0.0
     return both[0], both[1]
 
 

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from distattn.kernels.gluon_blocks import (
+    NOTHING,
     add_products,
     add_tile,
     add_to_scratch,
@@ -34,6 +35,7 @@ from distattn.kernels.gluon_blocks import (
     visible,
 )
 
+
 @gluon.jit
 def _fetch_queries(
     descriptors, memory, barriers, work, loads,
@@ -44,9 +46,9 @@ def _fetch_queries(
     q_from, q2_from, k_from, k2_from, v_from, v2_from, g_from, g2_from, lse_from, delta_from = descriptors
     q_s, q2_s, k_s, k2_s, v_s, v2_s, g_s, g2_s, lse_s, delta_s = memory
     kv_full, q_full, g_full, empty, ds_full = barriers
-    SLOTS, TILES, PTR, ENTRIES = work
-    heads, group, q_head, k_head, v_head, g_head, padded = loads
-    head, start, first, last = load_item(SLOTS, TILES, PTR, gl.program_id(0), heads, KEY_TILES * 64)
+    SLOTS, ENTRIES = work
+    group, q_head, k_head, v_head, g_head, padded = loads
+    head, start, first, last = load_item(SLOTS, gl.program_id(0))
     mbarrier.expect(kv_full.index(0), KEY_TILES * 64 * (D + D2 + D_V + D_V2) * 2)
     for c in gl.static_range(KEY_TILES):
         tma.async_copy_global_to_shared(k_from, [start + c * 64, head * k_head], kv_full.index(0), k_s.index(c))
@@ -103,7 +105,7 @@ def _key_step(
     dks, dvs, it, masked, rows, limits, begin, inner, outer, before, memory, barriers, ds_s, ds_r, k_r,
     CID: gl.constexpr, C: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
     D: gl.constexpr, D2: gl.constexpr, D_V2: gl.constexpr, D_SPLIT: gl.constexpr, V_SPLIT: gl.constexpr, SECOND_HALF: gl.constexpr,
-    s_layout: gl.constexpr, p_layout: gl.constexpr, SOFTCAP: gl.constexpr, FUSED: gl.constexpr,
+    s_layout: gl.constexpr, p_layout: gl.constexpr, SOFTCAP: gl.constexpr, FUSED: gl.constexpr, STATISTICS_FIRST: gl.constexpr,
 ):  # fmt: skip
     """One query tile into the sums of dk and dv; FUSED also adds dq of the step before at ``before``."""
     q_s, q2_s, k_s, k2_s, v_s, v2_s, g_s, g2_s, lse_s, delta_s = memory
@@ -115,16 +117,29 @@ def _key_step(
     lap = (it // STAGES) & 1
     z = it >> 24  # always 0, but opaque: keeps the assembler from hoisting, and then spilling, what addresses k and v
     mbarrier.wait(q_full.index(stage), lap)
-    products = product_over_head(k_s.index(C + z), k2_s.index(C + z), q_s.index(stage), q2_s.index(stage), zero, D2 > 0)
-    mbarrier.wait(g_full.index(stage), lap)
-    dp = product_over_head(v_s.index(C + z), v2_s.index(C + z), g_s.index(stage), g2_s.index(stage), zero, D_V2 > 0)
-    lse = gl.expand_dims(lse_s.index(stage).load(gl.SliceLayout(0, s_layout)), 0)
-    s = warpgroup_mma_wait(V_GROUPS, deps=[products])
     shown = visible(rows, limits, begin, BLOCK_Q, s_layout)
-    p, slope = probabilities(s, lse, shown, masked, inner, outer, SOFTCAP)
-    delta = gl.expand_dims(delta_s.index(stage).load(gl.SliceLayout(0, s_layout)), 0)
-    dp = warpgroup_mma_wait(0, deps=[dp])
-    ds = score_gradients(p, slope, dp, delta, shown, masked, SOFTCAP).to(DTYPE)
+    if STATISTICS_FIRST:  # both sums begin at what would be subtracted from them: 64 registers fewer
+        k = k_s.index(C + z)
+        _, start = gl.broadcast(zero, gl.expand_dims(lse_s.index(stage).load(gl.SliceLayout(0, s_layout)), 0))
+        if masked:
+            start = gl.where(shown, start, NOTHING)
+        products = warpgroup_mma(k, q_s.index(stage).permute((1, 0)), start, is_async=True)
+        mbarrier.wait(g_full.index(stage), lap)
+        _, start = gl.broadcast(zero, gl.expand_dims(delta_s.index(stage).load(gl.SliceLayout(0, s_layout)), 0))
+        dp = warpgroup_mma(v_s.index(C + z), g_s.index(stage).permute((1, 0)), start, is_async=True)
+        p = gl.exp2(warpgroup_mma_wait(1, deps=[products]) * inner)
+        dp = warpgroup_mma_wait(0, deps=[dp])
+        ds = (p * dp).to(DTYPE)
+    else:
+        products = product_over_head(k_s.index(C + z), k2_s.index(C + z), q_s.index(stage), q2_s.index(stage), zero, D2 > 0)
+        mbarrier.wait(g_full.index(stage), lap)
+        dp = product_over_head(v_s.index(C + z), v2_s.index(C + z), g_s.index(stage), g2_s.index(stage), zero, D_V2 > 0)
+        lse = gl.expand_dims(lse_s.index(stage).load(gl.SliceLayout(0, s_layout)), 0)
+        s = warpgroup_mma_wait(V_GROUPS, deps=[products])
+        p, slope = probabilities(s, lse, shown, masked, inner, outer, SOFTCAP)
+        delta = gl.expand_dims(delta_s.index(stage).load(gl.SliceLayout(0, s_layout)), 0)
+        dp = warpgroup_mma_wait(0, deps=[dp])
+        ds = score_gradients(p, slope, dp, delta, shown, masked, SOFTCAP).to(DTYPE)
     q = q_s.index(stage)
     g = g_s.index(stage)
     if SECOND_HALF:  # both consumers own the same keys, and this one the other half of the head
@@ -175,12 +190,12 @@ def _add_sums(X, sums, scale, token, keep, D: gl.constexpr, D2: gl.constexpr, SP
 def _sum_keys(
     CID: gl.constexpr, outputs, memory, ds_s, barriers, work, addresses,
     KEY_TILES: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
-    D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr, SOFTCAP: gl.constexpr, FUSED: gl.constexpr,
+    D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr, SOFTCAP: gl.constexpr, FUSED: gl.constexpr, STATISTICS_FIRST: gl.constexpr,
 ):  # fmt: skip
     """64 rows of keys, or with KEY_TILES 1 all 64 and one half of the head."""
     DK, DV, SCRATCH = outputs
-    SLOTS, TILES, PTR, ENTRIES = work
-    heads, group, dk_token, dk_head, dv_token, dv_head, n_k, query_tiles, inner, outer, scale = addresses
+    SLOTS, ENTRIES = work
+    group, dk_token, dk_head, dv_token, dv_head, n_k, query_tiles, inner, outer, scale = addresses
     kv_full, q_full, g_full, empty, ds_full = barriers
     C: gl.constexpr = CID if KEY_TILES == 2 else 0
     HALF: gl.constexpr = CID if KEY_TILES == 1 else 0
@@ -189,7 +204,7 @@ def _sum_keys(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 16])
     q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]), 2)
-    head, start, first, last = load_item(SLOTS, TILES, PTR, gl.program_id(0), heads, KEY_TILES * 64)
+    head, start, first, last = load_item(SLOTS, gl.program_id(0))
     row0 = start + C * 64
     rows = row0 + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
     dks = _zeros(D, D2, D_SPLIT)
@@ -217,7 +232,7 @@ def _sum_keys(
             column = begin + streamed_tile(n, left, full, right) * BLOCK_Q
             dks, dvs = _key_step(
                 dks, dvs, it, n < left + right, rows, limits, column, inner, outer, before, memory, barriers, ds_s, ds_r, k_r,
-                CID, C, BLOCK_Q, STAGES, D, D2, D_V2, D_SPLIT, V_SPLIT, HALF > 0, s_layout, p_layout, SOFTCAP, FUSED,
+                CID, C, BLOCK_Q, STAGES, D, D2, D_V2, D_SPLIT, V_SPLIT, HALF > 0, s_layout, p_layout, SOFTCAP, FUSED, STATISTICS_FIRST,
             )  # fmt: skip
             if FUSED:
                 tile = (query_head * query_tiles + column // BLOCK_Q).to(gl.int64)
@@ -237,11 +252,11 @@ def _sum_keys(
 @gluon.jit(do_not_specialize=["n_k", "padded", "query_tiles"])
 def key_gradient_kernel(
     q_from, q2_from, k_from, k2_from, v_from, v2_from, g_from, g2_from, lse_from, delta_from, DK, DV, SCRATCH,
-    SLOTS, COUNTS, TILES, PTR, ENTRIES, q_head: gl.constexpr, k_head: gl.constexpr, v_head: gl.constexpr, g_head: gl.constexpr,
+    SLOTS, COUNTS, ENTRIES, q_head: gl.constexpr, k_head: gl.constexpr, v_head: gl.constexpr, g_head: gl.constexpr,
     dk_token: gl.constexpr, dk_head: gl.constexpr, dv_token: gl.constexpr, dv_head: gl.constexpr,
-    heads: gl.constexpr, group: gl.constexpr, n_k, padded, query_tiles, inner, outer, scale,
+    group: gl.constexpr, n_k, padded, query_tiles, inner, outer, scale,
     D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr, KEY_TILES: gl.constexpr,
-    BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr, FUSED: gl.constexpr,
+    BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr, FUSED: gl.constexpr, STATISTICS_FIRST: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Grid: one program a (key tile, key head). The group's query heads are looped inside, so dk and dv have one writer."""
@@ -281,18 +296,18 @@ def key_gradient_kernel(
     descriptors = (q_from, q2_from, k_from, k2_from, v_from, v2_from, g_from, g2_from, lse_from, delta_from)
     memory = (q_s, q2_s, k_s, k2_s, v_s, v2_s, g_s, g2_s, lse_s, delta_s)
     barriers = (kv_full, q_full, g_full, empty, ds_full)
-    work = (SLOTS, TILES, PTR, ENTRIES)
+    work = (SLOTS, ENTRIES)
     outputs = (DK, DV, SCRATCH)
-    addresses = (heads, group, dk_token, dk_head, dv_token, dv_head, n_k, query_tiles, inner, outer, scale)
-    loads = (heads, group, q_head, k_head, v_head, g_head, padded)
+    addresses = (group, dk_token, dk_head, dv_token, dv_head, n_k, query_tiles, inner, outer, scale)
+    loads = (group, q_head, k_head, v_head, g_head, padded)
     ZERO: gl.constexpr = 0
     ONE: gl.constexpr = 1
     gl.warp_specialize(
         [
             (_sum_keys, (ZERO, outputs, memory, ds_s, barriers, work, addresses, KEY_TILES, BLOCK_Q, STAGES,
-                         D, D2, D_V, D_V2, SOFTCAP, FUSED)),
+                         D, D2, D_V, D_V2, SOFTCAP, FUSED, STATISTICS_FIRST)),
             (_sum_keys, (ONE, outputs, memory, ds_s, barriers, work, addresses, KEY_TILES, BLOCK_Q, STAGES,
-                         D, D2, D_V, D_V2, SOFTCAP, FUSED)),
+                         D, D2, D_V, D_V2, SOFTCAP, FUSED, STATISTICS_FIRST)),
             (_fetch_queries, (descriptors, memory, barriers, work, loads, KEY_TILES, BLOCK_Q, STAGES, D, D2, D_V, D_V2)),
         ],
         [4, 4],

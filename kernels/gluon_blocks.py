@@ -19,11 +19,10 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed
 
 
 @gluon.jit
-def load_item(SLOTS, TILES, PTR, slot, heads, ROWS: gl.constexpr):
-    """(head, first row, first entry, end of entries) of the work item in a slot; an item is place in the tile table * heads + head."""
-    item = gl.load(SLOTS + slot)
-    place = item // heads
-    return item - place * heads, gl.load(TILES + place) * ROWS, gl.load(PTR + place), gl.load(PTR + place + 1)
+def load_item(SLOTS, slot):
+    """(head, first row, first entry, end of entries) of the work item in a slot of the schedule."""
+    item = SLOTS + slot * 4
+    return gl.load(item), gl.load(item + 1), gl.load(item + 2), gl.load(item + 3)
 
 
 @gluon.jit

@@ -47,12 +47,12 @@ def _produce(
     q_from, q2_from, k_from, k2_from, v_from, v2_from = descriptors
     q_s, q2_s, k_s, k2_s, v_s, v2_s = memory
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = barriers
-    SLOTS, TILES, PTR, ENTRIES = work
-    n_items, heads, group, q_head, k_head, v_head = loads
+    SLOTS, ENTRIES = work
+    n_items, group, q_head, k_head, v_head = loads
     it = 0  # key tiles fetched so far, over all items: stage it % STAGES, lap it // STAGES
     for turn in range(n_items):
         slot = gl.program_id(0) + turn * gl.num_programs(0)
-        head, start, first, last = load_item(SLOTS, TILES, PTR, slot, heads, CONSUMERS * 64)
+        head, start, first, last = load_item(SLOTS, slot)
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(q_empty.index(c), (turn & 1) ^ 1)
             mbarrier.expect(q_full.index(c), 64 * (D + D2) * 2)
@@ -151,8 +151,8 @@ def _consume(
     O, LSE, O_IN = outputs
     q_s, q2_s, k_s, k2_s, v_s, v2_s = memory
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = barriers
-    SLOTS, TILES, PTR, ENTRIES = work
-    n_items, heads, strides, n_q, inner, outer = addresses
+    SLOTS, ENTRIES = work
+    n_items, strides, n_q, inner, outer = addresses
     o_token, o_head, lse_token, lse_head, in_token, in_head = strides
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_V, 16])
@@ -166,7 +166,7 @@ def _consume(
     issued = 0  # turns taken at issuing
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
-    head, start, first, last = load_item(SLOTS, TILES, PTR, pid, heads, CONSUMERS * 64)
+    head, start, first, last = load_item(SLOTS, pid)
     for turn in range(n_items):
         row0 = start + CID * 64
         rows = row0 + gl.arange(0, 64, r_layout)
@@ -224,7 +224,7 @@ def _consume(
         accs = add_products(weights, v_s.index(before), v2_s.index(before), accs, D_V2 > 0)
         # the next item: its latency hides under the last product and the stores
         slot = pid + gl.minimum(turn + 1, n_items - 1) * programs
-        next_head, next_start, next_first, next_last = load_item(SLOTS, TILES, PTR, slot, heads, CONSUMERS * 64)
+        next_head, next_start, next_first, next_last = load_item(SLOTS, slot)
         exists = rows < n_q
         base = row0.to(gl.int64)
         lse_at = LSE + base * lse_token + head.to(gl.int64) * lse_head + (rows - row0) * lse_token
@@ -278,10 +278,10 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["n_q"])
 def forward_kernel(
-    q_from, q2_from, k_from, k2_from, v_from, v2_from, o_to, O, LSE, O_IN, SLOTS, COUNTS, TILES, PTR, ENTRIES,
+    q_from, q2_from, k_from, k2_from, v_from, v2_from, o_to, O, LSE, O_IN, SLOTS, COUNTS, ENTRIES,
     q_head: gl.constexpr, k_head: gl.constexpr, v_head: gl.constexpr, o_token: gl.constexpr, o_head: gl.constexpr,
     lse_token: gl.constexpr, lse_head: gl.constexpr, in_token: gl.constexpr, in_head: gl.constexpr,
-    heads: gl.constexpr, group: gl.constexpr, n_q, inner, outer,
+    group: gl.constexpr, n_q, inner, outer,
     D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr,
     CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     STATE: gl.constexpr, ALL_ROWS: gl.constexpr, TMA_OUT: gl.constexpr, SOFTCAP: gl.constexpr,
@@ -329,11 +329,11 @@ def forward_kernel(
     descriptors = (q_from, q2_from, k_from, k2_from, v_from, v2_from)
     memory = (q_s, q2_s, k_s, k2_s, v_s, v2_s)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
-    work = (SLOTS, TILES, PTR, ENTRIES)
+    work = (SLOTS, ENTRIES)
     outputs = (O, LSE, O_IN)
     strides = (o_token, o_head, lse_token, lse_head, in_token, in_head)
-    addresses = (n_items, heads, strides, n_q, inner, outer)
-    loads = (n_items, heads, group, q_head, k_head, v_head)
+    addresses = (n_items, strides, n_q, inner, outer)
+    loads = (n_items, group, q_head, k_head, v_head)
     ZERO: gl.constexpr = 0
     ONE: gl.constexpr = 1
     TWO: gl.constexpr = 2

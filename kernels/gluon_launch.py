@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 FORWARD, KEYS, QUERIES, FUSED, SCRATCH = "forward", "key_gradient", "query_gradient", "fused_gradient", "add_scratch"
 
-# Widths of shared memory are powers of two: a head of another size lies in two parts.
-PARTS = {64: (64, 0), 96: (64, 32), 128: (128, 0), 192: (128, 64), 256: (256, 0)}
+# Widths of shared memory are powers of two: a head of another size lies in two parts, and one of 256 so that its sums need not
+# all be at hand when they are joined with what was there.
+PARTS = {64: (64, 0), 96: (64, 32), 128: (128, 0), 192: (128, 64), 256: (128, 128)}
 
 
 class Forward(NamedTuple):
@@ -73,9 +74,3 @@ FUSED_ROWS = {(64, 64): Keys(block_q=128), (128, 128): Keys()}
 ROWS: dict[str, dict[tuple[int, int], NamedTuple]] = {
     FORWARD: {**FORWARD_ROWS}, KEYS: {**KEYS_ROWS}, QUERIES: {**QUERIES_ROWS}, FUSED: {**FUSED_ROWS},
 }  # fmt: skip
-
-
-def parts(kind: str, size: int) -> tuple[int, int]:
-    """Widths of the two parts that a head lies in. Where two consumers halve a head of 256, these are the halves."""
-    return (128, 128) if size == 256 and kind == KEYS else PARTS[size]
-

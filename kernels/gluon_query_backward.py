@@ -35,9 +35,9 @@ def _fetch_keys(
     q_from, q2_from, k_from, k2_from, v_from, v2_from, g_from, g2_from = descriptors
     q_s, q2_s, k_s, k2_s, v_s, v2_s, g_s, g2_s = memory
     q_full, k_full, k_empty, v_full, v_empty = barriers
-    SLOTS, TILES, PTR, ENTRIES = work
-    heads, group, q_head, k_head, v_head, g_head = loads
-    head, start, first, last = load_item(SLOTS, TILES, PTR, gl.program_id(0), heads, 128)
+    SLOTS, ENTRIES = work
+    group, q_head, k_head, v_head, g_head = loads
+    head, start, first, last = load_item(SLOTS, gl.program_id(0))
     for c in gl.static_range(2):
         mbarrier.expect(q_full.index(c), 64 * (D + D2 + D_V + D_V2) * 2)
         tma.async_copy_global_to_shared(q_from, [start + c * 64, head * q_head], q_full.index(c), q_s.index(c))
@@ -76,8 +76,8 @@ def _sum_queries(
     """64 rows of queries."""
     q_s, q2_s, k_s, k2_s, v_s, v2_s, g_s, g2_s = memory
     q_full, k_full, k_empty, v_full, v_empty = barriers
-    SLOTS, TILES, PTR, ENTRIES = work
-    heads, dq_token, dq_head, n_q, padded, inner, outer, scale = addresses
+    SLOTS, ENTRIES = work
+    dq_token, dq_head, n_q, padded, inner, outer, scale = addresses
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     d_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, d_layout, 2)
@@ -87,7 +87,7 @@ def _sum_queries(
     D_GROUPS: gl.constexpr = 2 if D2 else 1
     DTYPE: gl.constexpr = q_s.dtype
     zero = gl.full([64, BLOCK_K], 0.0, gl.float32, s_layout)
-    head, start, first, last = load_item(SLOTS, TILES, PTR, gl.program_id(0), heads, 128)
+    head, start, first, last = load_item(SLOTS, gl.program_id(0))
     row0 = start + CID * 64
     rows = row0 + gl.arange(0, 64, r_layout)
     keep = rows < n_q
@@ -152,9 +152,9 @@ def _sum_queries(
 
 @gluon.jit(do_not_specialize=["n_q", "padded"])
 def query_gradient_kernel(
-    q_from, q2_from, k_from, k2_from, v_from, v2_from, g_from, g2_from, DQ, LSE, DELTA, SLOTS, COUNTS, TILES, PTR, ENTRIES,
+    q_from, q2_from, k_from, k2_from, v_from, v2_from, g_from, g2_from, DQ, LSE, DELTA, SLOTS, COUNTS, ENTRIES,
     q_head: gl.constexpr, k_head: gl.constexpr, v_head: gl.constexpr, g_head: gl.constexpr,
-    dq_token: gl.constexpr, dq_head: gl.constexpr, heads: gl.constexpr, group: gl.constexpr, n_q, padded, inner, outer, scale,
+    dq_token: gl.constexpr, dq_head: gl.constexpr, group: gl.constexpr, n_q, padded, inner, outer, scale,
     D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     SOFTCAP: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -190,9 +190,9 @@ def query_gradient_kernel(
     descriptors = (q_from, q2_from, k_from, k2_from, v_from, v2_from, g_from, g2_from)
     memory = (q_s, q2_s, k_s, k2_s, v_s, v2_s, g_s, g2_s)
     barriers = (q_full, k_full, k_empty, v_full, v_empty)
-    work = (SLOTS, TILES, PTR, ENTRIES)
-    addresses = (heads, dq_token, dq_head, n_q, padded, inner, outer, scale)
-    loads = (heads, group, q_head, k_head, v_head, g_head)
+    work = (SLOTS, ENTRIES)
+    addresses = (dq_token, dq_head, n_q, padded, inner, outer, scale)
+    loads = (group, q_head, k_head, v_head, g_head)
     ZERO: gl.constexpr = 0
     ONE: gl.constexpr = 1
     gl.warp_specialize(

@@ -22,7 +22,10 @@ OVERHEAD = 1.5  # of an item beyond its tiles, in tiles: prologue and epilogue
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """``slots[p + n * programs]`` is the n-th of ``counts[p]`` items of program p: place in the tile table * heads + head."""
+    """``slots[p + n * programs]`` is the n-th of ``counts[p]`` items of program p: (head, first row, first entry, end of entries).
+
+    Written out in full, so that a program finds its work in one read, not in a chain of three.
+    """
 
     slots: np.ndarray
     counts: np.ndarray
@@ -34,7 +37,7 @@ class Schedule:
 
     def on(self, device: torch.device) -> list[torch.Tensor]:
         """(slots, counts) on ``device``; uploaded once."""
-        return upload(self._devices, [self.slots, self.counts], device)
+        return upload(self._devices, [self.slots.reshape(-1), self.counts], device)
 
 
 def heads_per_section(heads: int, key_heads: int, bytes_per_key_head: int) -> int:
@@ -43,28 +46,34 @@ def heads_per_section(heads: int, key_heads: int, bytes_per_key_head: int) -> in
     return max(fitting, default=1) * (heads // key_heads)
 
 
-def ordered_items(table: TileTable, heads: int, section: int) -> np.ndarray:
-    """All items, section by section, longest tile first, int32 [n_work * heads]."""
+def ordered_items(n_work: int, heads: int, section: int) -> tuple[np.ndarray, np.ndarray]:
+    """(places in the tile table, heads) of all items, section by section, longest tile first."""
     sections = np.arange(heads).reshape(-1, 1, section)
-    return (np.arange(table.n_work)[None, :, None] * heads + sections).reshape(-1).astype(np.int32)
+    place, head = np.broadcast_arrays(np.arange(n_work)[None, :, None], sections)
+    return place.reshape(-1), head.reshape(-1)
 
 
 @lru_cache(maxsize=1024)
-def schedule(table: TileTable, heads: int, section: int, programs: int | None) -> Schedule:
-    """The division of the table's work; one program an item where ``programs`` is None or not fewer than the items."""
-    items = ordered_items(table, heads, section)
+def schedule(table: TileTable, rows: int, heads: int, section: int, programs: int | None) -> Schedule:
+    """The division of the table's work; one program an item where ``programs`` is None or not fewer than the items.
+
+    Args:
+        rows: of a stationary tile.
+        section: heads that are walked together, a divisor of ``heads``.
+    """
+    place, head = ordered_items(table.n_work, heads, section)
+    items = np.stack([head, table.tiles[place] * rows, table.ptr[place], table.ptr[place + 1]], 1).astype(np.int32)
     if programs is None or programs >= len(items):
         return Schedule(items, np.ones(len(items), np.int32))
-    tiles = table.entries[:, LEFT:].sum(1)
-    cost = np.add.reduceat(tiles, table.ptr[: table.n_work]) + OVERHEAD if len(tiles) else np.zeros(0)
+    cost = np.add.reduceat(table.entries[:, LEFT:].sum(1), table.ptr[: table.n_work]) + OVERHEAD
     free = [(0.0, p) for p in range(programs)]
     mine: list[list[int]] = [[] for _ in range(programs)]
-    for item, price in zip(items.tolist(), cost[items // heads].tolist(), strict=True):
+    for item, price in enumerate(cost[place].tolist()):
         load, p = free[0]
         mine[p].append(item)
         heapq.heapreplace(free, (load + price, p))
     counts = np.array([len(work) for work in mine], np.int32)
-    slots = np.zeros((counts.max(), programs), np.int32)
+    slots = np.zeros((counts.max(), programs, 4), np.int32)
     for p, work in enumerate(mine):
-        slots[: len(work), p] = work
-    return Schedule(slots.reshape(-1), counts)
+        slots[: len(work), p] = items[work]
+    return Schedule(slots.reshape(-1, 4), counts)

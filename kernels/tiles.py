@@ -75,16 +75,13 @@ class TileTable:
         return DeviceTable(*upload(self._devices, [self.tiles, self.ptr, self.entries.reshape(-1)], device))
 
 
-def _split(
-    bands: np.ndarray, row0: np.ndarray, row1: np.ndarray, whole: np.ndarray, block: int, aligned: bool
-) -> np.ndarray:
+def _split(bands: np.ndarray, row0: np.ndarray, row1: np.ndarray, whole: np.ndarray, block: int, align: int) -> np.ndarray:
     """Start, masked, full and masked tiles of the columns that rows [row0, row1) of each band see, int64 [n, 4].
 
     ``whole`` says where the band covers every row of the stationary tile: only there can a streamed tile be full.
     """
     start = np.maximum(bands[:, K0], row0 + bands[:, LO])
-    if aligned:
-        start = start // block * block
+    start = start // align * align
     stop = np.minimum(bands[:, K1], row1 + bands[:, HI])
     common_start = np.maximum(bands[:, K0], row1 - 1 + bands[:, LO])  # columns that all rows see
     common_stop = np.minimum(bands[:, K1], row0 + bands[:, HI] + 1)
@@ -95,9 +92,7 @@ def _split(
     return np.stack([start, left, full, right], 1)
 
 
-def build(
-    table: np.ndarray, n_rows: int, n_cols: int, block_rows: int, block_cols: int, aligned: bool = False
-) -> TileTable:
+def build(table: np.ndarray, n_rows: int, n_cols: int, block_rows: int, block_cols: int, align: int = 1) -> TileTable:
     """Tile table of a bands table whose first side (columns Q0, Q1) is stationary. Costs O(entries log entries)."""
     table = drop_empty(clip(table, 0, n_rows, 0, n_cols))
     first = table[:, Q0] // block_rows
@@ -109,7 +104,7 @@ def build(
     bands = table[band]
     row0, row1 = np.maximum(bands[:, Q0], tile * block_rows), np.minimum(bands[:, Q1], (tile + 1) * block_rows)
     whole = (row0 == tile * block_rows) & (row1 == np.minimum((tile + 1) * block_rows, n_rows))
-    runs = _split(bands, row0, row1, whole, block_cols, aligned)
+    runs = _split(bands, row0, row1, whole, block_cols, align)
 
     n_tiles = -(-n_rows // block_rows)
     entries_of = np.bincount(tile, minlength=n_tiles)
@@ -124,21 +119,19 @@ def build(
 
 
 @lru_cache(maxsize=1024)
-def tile_table(
-    bands: Bands, n_q: int, n_k: int, block_q: int, block_k: int, stationary: str, aligned: bool = False
-) -> TileTable:
+def tile_table(bands: Bands, n_q: int, n_k: int, block_q: int, block_k: int, stationary: str, align: int = 1) -> TileTable:
     """The tile table of ``bands`` over ``n_q`` queries and ``n_k`` keys; equal arguments give the same object.
 
     Args:
         bands: pairs outside [0, n_q) x [0, n_k) are left out.
         block_q, block_k: rows of a query tile and of a key tile.
         stationary: ``"q"`` for tables by query tile, ``"k"`` for tables by key tile (rows are then keys, columns queries).
-        aligned: streamed tiles begin at multiples of their size, for kernels that write by streamed tile.
+        align: streamed tiles begin at multiples of it, for kernels that need that of an address.
     """
     if stationary not in ("q", "k"):
         raise ValueError(f"A tile table has stationary 'q' or 'k', found {stationary!r}. Use one of the two.")
     if max(n_q, n_k) + max(block_q, block_k) >= LIMIT:
         raise ValueError(f"Tile tables hold fewer than {LIMIT} rows, found {n_q} queries and {n_k} keys. Use more ranks.")
     if stationary == "q":
-        return build(bands.table, n_q, n_k, block_q, block_k, aligned)
-    return build(bands.transpose().table, n_k, n_q, block_k, block_q, aligned)
+        return build(bands.table, n_q, n_k, block_q, block_k, align)
+    return build(bands.transpose().table, n_k, n_q, block_k, block_q, align)

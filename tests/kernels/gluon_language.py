@@ -384,13 +384,14 @@ def _load(pointer: Pointer, mask: Value | None = None, other: float = 0.0) -> An
 def _where(condition: Any, a: Any, b: Any) -> Any:
     if not isinstance(condition, Value):
         return a if condition else b
+    layout = next((x.layout for x in (a, b, condition) if isinstance(x, Value)), None)
     a, b = _plain(a), _plain(b)
     for x in (condition.x, a, b):
         if isinstance(x, torch.Tensor) and len(x.shape) != len(condition.shape):
             raise KernelError("ranks differ in where")
     if not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor):
         a = torch.tensor(a)
-    return Value(torch.where(condition.x, a, b))
+    return Value(torch.where(condition.x, a, b), layout)
 
 
 def _extremum(pick: Callable[..., Any], tensors: Callable[..., torch.Tensor]) -> Callable[[Any, Any], Any]:

@@ -189,7 +189,9 @@ class Machine:
                 if all(p.done for p in self.partitions):
                     self.finished.release()
                     return
-                waiting = [f"{p.name} waits for {p.waits_for[0].name} phase {p.waits_for[1]}" for p in self.partitions if p.waits_for]
+                waiting = [
+                    f"{p.name} waits for {p.waits_for[0].name} phase {p.waits_for[1]}" for p in self.partitions if p.waits_for
+                ]
                 self.error = KernelError("deadlock: " + "; ".join(waiting))
                 self._stop()
             if me in able and self.random.random() < 0.5:
@@ -220,7 +222,10 @@ class Machine:
         """Runs every task as a partition; raises what the first of them raised."""
         entry = self.running
         self.partitions = [Partition(f"partition {n}", entry.clock) for n in range(len(tasks))]
-        threads = [threading.Thread(target=self._body, args=(p, *task), daemon=True) for p, task in zip(self.partitions, tasks, strict=True)]
+        threads = [
+            threading.Thread(target=self._body, args=(p, *task), daemon=True)
+            for p, task in zip(self.partitions, tasks, strict=True)
+        ]
         for thread in threads:
             thread.start()
         self.running = self.random.choice(self.partitions)
@@ -276,7 +281,9 @@ class Machine:
                 before = f"{'write' if old.write else 'read'} of [{old.start}:{old.stop}] by {old.by}"
                 raise KernelError(f"race: nothing orders the {what} after the {before}")
             if old.write and old.generic and not generic and not old.fenced:
-                raise KernelError(f"{where.name}[{start}:{stop}]: written by threads, used by an engine, and no fence_async_shared between")
+                raise KernelError(
+                    f"{where.name}[{start}:{stop}]: written by threads, used by an engine, and no fence_async_shared between"
+                )
             inside = start <= old.start and old.stop <= stop
             same_reader = not write and not old.write and old.agent == agent
             if not (ordered and inside and (write or same_reader)):
@@ -310,7 +317,9 @@ class Machine:
             me.products.pop(0).pending = False
         me.clock[f"products of {me.name}"] = me.n_products - len(me.products)
 
-    def issue_copy(self, where: Allocation, start: int, stop: int, barrier: Barrier, n_bytes: int, copy: Callable[[], None]) -> None:
+    def issue_copy(
+        self, where: Allocation, start: int, stop: int, barrier: Barrier, n_bytes: int, copy: Callable[[], None]
+    ) -> None:
         """A load: the buffer is garbage from now on, its contents land later."""
         if barrier.bytes < n_bytes:
             raise KernelError(f"a copy of {n_bytes} bytes to {where.name} is issued before they were announced on {barrier.name}")

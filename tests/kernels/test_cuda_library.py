@@ -138,7 +138,9 @@ def test_out_for_delta_is_exact_to_float32(dtype: torch.dtype) -> None:
     got = (raised.double() * out.double()).sum(-1)
     limit = 1e-6 if dtype == BF16 else 2e-5  # float16 ends at 6e-8: what is left over may not be a number any more
     assert float((got - delta.double()).abs().max()) < limit
-    assert float((raised.double() - dout.double()).abs().max()) <= float(delta.abs().max()) * 2.0 ** (-60 if dtype == BF16 else -15)
+    assert float((raised.double() - dout.double()).abs().max()) <= float(delta.abs().max()) * 2.0 ** (
+        -60 if dtype == BF16 else -15
+    )
 
 
 def test_refusals_and_errors() -> None:

@@ -39,8 +39,6 @@ def fit(case: Case, d: int = 64, d_v: int | None = None) -> Case:
     return replace(case, d=d, d_v=d_v or d, dtype=dtype, out_dtype=out)
 
 
-
-
 ORDINARY = [case for case in CASES if case.d == case.d_v == 16 and case.dtype != torch.float64]
 
 
@@ -106,7 +104,9 @@ def test_many_random_unions(data: st.DataObject) -> None:
         check_backend(Emulated(seed, deterministic=False), case, seed)
 
 
-@pytest.mark.parametrize("change", [{"ping_pong": False}, {"maximum_first": True}, {"consumers": 2}, {"stages": 2}, {"stage_out": False}])
+@pytest.mark.parametrize(
+    "change", [{"ping_pong": False}, {"maximum_first": True}, {"consumers": 2}, {"stages": 2}, {"stage_out": False}]
+)
 def test_other_launches_of_the_forward(change: dict[str, object]) -> None:
     case = replace(fit(BASIC), n_q=300, n_k=300, bands=Bands([Band(0, 300, 0, 300, -INF, 0)]), out_dtype=BF16)
     check_backend(Emulated(rows={FORWARD: {"block_k": 32, **change}}), case)
@@ -249,7 +249,9 @@ def test_no_variable_is_set_to_a_literal_in_a_loop() -> None:
 # ---- what the backend refuses
 
 
-def reason(q: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | None = None, scale: float = 1.0, **options: bool) -> str:
+def reason(
+    q: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | None = None, scale: float = 1.0, **options: bool
+) -> str:
     class Here(GluonBackend):
         def _reject_device(self, device: torch.device) -> str | None:
             return None
