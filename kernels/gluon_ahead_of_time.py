@@ -171,7 +171,7 @@ def compile_case(case: Case, rows: dict[str, Any] | None = None) -> Compiled:
     seconds = time.perf_counter() - began
     ptx = made.asm["ptx"]
     registers, spills, said = assemble(ptx, TARGET.arch)
-    serialized = re.search(r"C75(1\d|0\d)", said) is not None
+    serialized = re.search(r"wgmma.*serializ", said) is not None
     return Compiled(
         case, seconds, made.metadata.num_warps, registers, spills, made.metadata.shared,
         ptx.count("wgmma.mma_async"), ptx.count("setmaxnreg"), serialized,

@@ -18,21 +18,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from distattn.kernels.gluon_blocks import (
-    NOTHING,
     add_products,
     add_tile,
     add_to_scratch,
     await_parts,
     barrier,
+    hide,
     load_item,
     load_limits,
     load_runs,
-    probabilities,
     product_over_head,
-    score_gradients,
     scratch_places,
     streamed_tile,
-    visible,
+    tanh,
 )
 
 
@@ -117,29 +115,36 @@ def _key_step(
     lap = (it // STAGES) & 1
     z = it >> 24  # always 0, but opaque: keeps the assembler from hoisting, and then spilling, what addresses k and v
     mbarrier.wait(q_full.index(stage), lap)
-    shown = visible(rows, limits, begin, BLOCK_Q, s_layout)
     if STATISTICS_FIRST:  # both sums begin at what would be subtracted from them: 64 registers fewer
         k = k_s.index(C + z)
         _, start = gl.broadcast(zero, gl.expand_dims(lse_s.index(stage).load(gl.SliceLayout(0, s_layout)), 0))
-        if masked:
-            start = gl.where(shown, start, NOTHING)
         products = warpgroup_mma(k, q_s.index(stage).permute((1, 0)), start, is_async=True)
         mbarrier.wait(g_full.index(stage), lap)
         _, start = gl.broadcast(zero, gl.expand_dims(delta_s.index(stage).load(gl.SliceLayout(0, s_layout)), 0))
         dp = warpgroup_mma(v_s.index(C + z), g_s.index(stage).permute((1, 0)), start, is_async=True)
-        p = gl.exp2(warpgroup_mma_wait(1, deps=[products]) * inner)
+        s = hide(warpgroup_mma_wait(1, deps=[products]), float("-inf"), masked, rows, limits, begin, BLOCK_Q, s_layout)
+        p = gl.exp2(s * inner)
         dp = warpgroup_mma_wait(0, deps=[dp])
-        ds = (p * dp).to(DTYPE)
+        ds = hide(p * dp, 0.0, masked, rows, limits, begin, BLOCK_Q, s_layout).to(DTYPE)
     else:
         products = product_over_head(k_s.index(C + z), k2_s.index(C + z), q_s.index(stage), q2_s.index(stage), zero, D2 > 0)
         mbarrier.wait(g_full.index(stage), lap)
         dp = product_over_head(v_s.index(C + z), v2_s.index(C + z), g_s.index(stage), g2_s.index(stage), zero, D_V2 > 0)
         lse = gl.expand_dims(lse_s.index(stage).load(gl.SliceLayout(0, s_layout)), 0)
         s = warpgroup_mma_wait(V_GROUPS, deps=[products])
-        p, slope = probabilities(s, lse, shown, masked, inner, outer, SOFTCAP)
+        factor = 1.0 if SOFTCAP else inner
+        if SOFTCAP:
+            bent = tanh(s * inner)
+            s = bent * outer
+        s = hide(s, float("-inf"), masked, rows, limits, begin, BLOCK_Q, s_layout)
+        p = gl.exp2(s * factor - lse)
         delta = gl.expand_dims(delta_s.index(stage).load(gl.SliceLayout(0, s_layout)), 0)
         dp = warpgroup_mma_wait(0, deps=[dp])
-        ds = score_gradients(p, slope, dp, delta, shown, masked, SOFTCAP).to(DTYPE)
+        ds = p * (dp - delta)
+        if SOFTCAP:
+            ds = ds * (1.0 - bent * bent)
+        # garbage behind the mask must not survive as 0 * inf
+        ds = hide(ds, 0.0, masked, rows, limits, begin, BLOCK_Q, s_layout).to(DTYPE)
     q = q_s.index(stage)
     g = g_s.index(stage)
     if SECOND_HALF:  # both consumers own the same keys, and this one the other half of the head

@@ -132,31 +132,11 @@ def add_tile(X, x, token, keep, WIDTH: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def probabilities(s, lse, shown, masked, inner, outer, SOFTCAP: gl.constexpr):
-    """(p, slope): softmax of raw products and, with a softcap, d(bent score) / d(product * scale). lse is in base 2."""
-    slope = s
-    if SOFTCAP:
-        bent = tanh(s * inner)
-        slope = 1.0 - bent * bent
-        s = bent * outer
-        if masked:
-            s = gl.where(shown, s, float("-inf"))
-        return gl.exp2(s - lse), slope
-    else:
-        if masked:
-            s = gl.where(shown, s, float("-inf"))
-        return gl.exp2(s * inner - lse), slope
-
-
-@gluon.jit
-def score_gradients(p, slope, dp, delta, shown, masked, SOFTCAP: gl.constexpr):
-    """Gradients of products * scale; garbage behind the mask must not survive as 0 * inf."""
-    ds = p * (dp - delta)
-    if SOFTCAP:
-        ds = ds * slope
+def hide(x, instead: gl.constexpr, masked, rows, limits, begin, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """``instead`` where the entry does not look: one branch for the whole warpgroup, and nothing kept for it outside."""
     if masked:
-        ds = gl.where(shown, ds, 0.0)
-    return ds
+        x = gl.where(visible(rows, limits, begin, WIDTH, layout), x, instead)
+    return x
 
 
 # 32 sums a thread as 8 adds of 16 bytes, each 512 bytes of a warp in one piece; all 32 elements come with one address

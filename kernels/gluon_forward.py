@@ -23,6 +23,7 @@ from distattn.kernels.gluon_blocks import (
     NOTHING,
     add_products,
     await_parts,
+    hide,
     load_item,
     load_limits,
     load_runs,
@@ -33,7 +34,6 @@ from distattn.kernels.gluon_blocks import (
     streamed_tile,
     tanh,
     tile_pointers,
-    visible,
 )
 
 
@@ -85,9 +85,8 @@ def _scores(s, masked, rows, limits, begin, inner, outer, BLOCK_K: gl.constexpr,
     """Products to scores: bent by the softcap (then already in base 2), -inf where the entry does not look."""
     if SOFTCAP:
         s = tanh(s * inner) * outer
-    if masked:  # one branch for the whole warpgroup: two loops keep two copies of P and cost 16 moves a tile
-        s = gl.where(visible(rows, limits, begin, BLOCK_K, layout), s, float("-inf"))
-    return s
+    # a branch, not a loop of masked tiles and one of full ones: two loops keep two copies of P and cost 16 moves a tile
+    return hide(s, float("-inf"), masked, rows, limits, begin, BLOCK_K, layout)
 
 
 @gluon.jit

@@ -30,9 +30,9 @@ class Forward(NamedTuple):
     stage_out: bool = True  # o of the output dtype goes through shared memory of its own, where there is room
 
 
-# By (D, D_v). D 64 with three consumers was the faster in the prototypes; 256 and 192 leave no room to stage o.
+# By (D, D_v). Three consumers at D 64 were 2 to 7% faster in the prototypes, and spill. 192 and 256 leave no room to stage o.
 FORWARD_ROWS = {
-    (64, 64): Forward(consumers=3, stages=4, registers=160, producer_registers=32, entry_registers=128),
+    (64, 64): Forward(stages=4),
     (96, 96): Forward(stage_out=False),
     (128, 128): Forward(),
     (192, 128): Forward(stage_out=False),
@@ -66,7 +66,7 @@ QUERIES_ROWS = {
     (64, 64): Queries(stages=4),
     (96, 96): Queries(stages=4),
     (128, 128): Queries(stages=4),
-    (192, 128): Queries(),
+    (192, 128): Queries(32, 5),
     (256, 256): Queries(32),
 }
 # dq leaves a fused step in pieces of 64 x 64, one a consumer: halves of the head at D 128, halves of 128 queries at D 64.

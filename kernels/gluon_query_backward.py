@@ -14,15 +14,14 @@ from distattn.kernels.gluon_blocks import (
     add_products,
     add_tile,
     await_parts,
+    hide,
     load_item,
     load_limits,
     load_runs,
-    probabilities,
     product_over_head,
-    score_gradients,
     scratch_places,
     streamed_tile,
-    visible,
+    tanh,
 )
 
 
@@ -69,6 +68,31 @@ def _fetch_keys(
 
 
 @gluon.jit
+def _probabilities(
+    s, lse, masked, rows, limits, begin, inner, outer, BLOCK_K: gl.constexpr, layout: gl.constexpr, SOFTCAP: gl.constexpr
+):
+    """(p, slope): softmax of raw products and, with a softcap, d(bent score) / d(product * scale). lse is in base 2."""
+    slope = 1.0
+    factor = 1.0 if SOFTCAP else inner
+    if SOFTCAP:
+        bent = tanh(s * inner)
+        slope = 1.0 - bent * bent
+        s = bent * outer
+    return gl.exp2(hide(s, float("-inf"), masked, rows, limits, begin, BLOCK_K, layout) * factor - lse), slope
+
+
+@gluon.jit
+def _score_gradients(
+    p, slope, dp, delta, masked, rows, limits, begin, BLOCK_K: gl.constexpr, layout: gl.constexpr, SOFTCAP: gl.constexpr
+):
+    """Gradients of products * scale; garbage behind the mask must not survive as 0 * inf."""
+    ds = p * (dp - delta)
+    if SOFTCAP:
+        ds = ds * slope
+    return hide(ds, 0.0, masked, rows, limits, begin, BLOCK_K, layout)
+
+
+@gluon.jit
 def _sum_queries(
     CID: gl.constexpr, DQ, LSE, DELTA, memory, barriers, work, addresses, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     D: gl.constexpr, D2: gl.constexpr, D_V2: gl.constexpr, SOFTCAP: gl.constexpr,
@@ -112,11 +136,12 @@ def _sum_queries(
     mbarrier.wait(v_full.index(0), 0)
     dp = product_over_head(g, g2, v_s.index(0), v2_s.index(0), zero, D_V2 > 0)
     s = warpgroup_mma_wait(V_GROUPS, deps=[products])
-    shown = visible(rows, limits, begin + streamed_tile(0, left, full, right) * BLOCK_K, BLOCK_K, s_layout)
-    p, slope = probabilities(s, lse, shown, True, inner, outer, SOFTCAP)
+    column = begin + streamed_tile(0, left, full, right) * BLOCK_K
+    p, slope = _probabilities(s, lse, True, rows, limits, column, inner, outer, BLOCK_K, s_layout, SOFTCAP)
     dp = warpgroup_mma_wait(0, deps=[dp])
     mbarrier.arrive(v_empty.index(0), count=1)
-    ds = gl.convert_layout(score_gradients(p, slope, dp, delta, shown, True, SOFTCAP).to(DTYPE), p_layout)
+    ds = _score_gradients(p, slope, dp, delta, True, rows, limits, column, BLOCK_K, s_layout, SOFTCAP).to(DTYPE)
+    ds = gl.convert_layout(ds, p_layout)
     it = 1
     for entry in range(first, last):
         done = gl.maximum(first + 1 - entry, 0)
@@ -133,11 +158,11 @@ def _sum_queries(
             dp = product_over_head(g, g2, v_s.index(stage), v2_s.index(stage), zero, D_V2 > 0)
             dqs = add_products(ds, k_s.index(before), k2_s.index(before), dqs, SPLIT)
             s = warpgroup_mma_wait(V_GROUPS + D_GROUPS, deps=[products])
-            shown = visible(rows, limits, begin + streamed_tile(n, left, full, right) * BLOCK_K, BLOCK_K, s_layout)
-            p, slope = probabilities(s, lse, shown, masked, inner, outer, SOFTCAP)
+            column = begin + streamed_tile(n, left, full, right) * BLOCK_K
+            p, slope = _probabilities(s, lse, masked, rows, limits, column, inner, outer, BLOCK_K, s_layout, SOFTCAP)
             dp = warpgroup_mma_wait(D_GROUPS, deps=[dp])
             mbarrier.arrive(v_empty.index(stage), count=1)
-            ds_next = score_gradients(p, slope, dp, delta, shown, masked, SOFTCAP).to(DTYPE)
+            ds_next = _score_gradients(p, slope, dp, delta, masked, rows, limits, column, BLOCK_K, s_layout, SOFTCAP).to(DTYPE)
             dqs = await_parts(dqs, 0, SPLIT)
             mbarrier.arrive(k_empty.index(before), count=1)
             ds = gl.convert_layout(ds_next, p_layout)

@@ -67,11 +67,11 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 
 @lru_cache(maxsize=1024)
 def mask_of(bands: Bands) -> str:
-    """``full`` or ``causal`` when that is what every band is, else ``other``; a band that is one block of several stays what it is."""
+    """``full`` or ``causal`` when the bands are one such block, else ``other``."""
     found = blocks(bands)
-    if not found:
+    if not found or len(found) > 1:
         return "other"
-    return "causal" if any(block.causal for block in found) else "full"
+    return "causal" if found[0].causal else "full"
 
 
 class Measured:
@@ -123,7 +123,7 @@ class Measured:
         self, q: Tensor, k: Tensor, v: Tensor, bands: Bands, scores: Scores, state: State | None = None, out: Tensor | None = None
     ) -> State:
         """See :class:`distattn.kernels.contract.Backend`."""
-        whole = state is None and out is not None and out.dtype == q.dtype and len(bands) == 1
+        whole = state is None and out is not None and out.dtype == q.dtype
         return self.pick(FORWARD, q, k, v, bands, scores, whole).forward(q, k, v, bands, scores, state, out)
 
     def backward(

@@ -170,5 +170,7 @@ def test_choose_refuses() -> None:
     q = torch.randn(5, 2, 8, dtype=torch.complex64)
     with pytest.raises(ValueError, match=r"'aten' was asked for but takes float64.*Found q \[5, 2, 8\]"):
         choose(q, q, q, Scores(1.0), prefer="aten")
-    with pytest.raises(ValueError, match="no backend 'flash'. Use one of triton, aten, reference"):
-        choose(q, q, q, Scores(1.0), prefer="flash")
+    with pytest.raises(
+        ValueError, match="no backend 'fast'. Use one of gluon, gluon_fused, cudnn, flash, triton, aten, reference"
+    ):
+        choose(q, q, q, Scores(1.0), prefer="fast")

@@ -186,7 +186,7 @@ BACKWARD_MUTANTS = {
     "a stage is released before its products": (
         "    dks = await_parts(dks, 0, D_SPLIT)\n    barrier()", "    mbarrier.arrive(empty.index(stage), count=1)\n    dks = await_parts(dks, 0, D_SPLIT)\n    barrier()", "race|arrivals",
     ),
-    "dout is not waited for": ("    mbarrier.wait(g_full.index(stage), lap)\n", "", "race"),
+    "dout is not waited for": ("        mbarrier.wait(g_full.index(stage), lap)\n", "", "race"),
     "k and v are not waited for": ("    mbarrier.wait(kv_full.index(0), 0)\n", "", "race"),
     "ds of the other is not waited for": ("        mbarrier.wait(ds_full.index(it & 3), (it >> 2) & 1)\n        dq = _query_product(ds_r, k_r, it & 3, z", "        dq = _query_product(ds_r, k_r, it & 3, z", "race"),
     "ds is shared without a fence": ("    fence_async_shared()\n    barrier()\n    mbarrier.arrive(ds_full", "    barrier()\n    mbarrier.arrive(ds_full", "no fence"),

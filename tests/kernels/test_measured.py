@@ -16,7 +16,7 @@ from distattn.kernels.contract import Scores
 from distattn.kernels.cuda_library import Library
 from distattn.kernels.measured import BACKWARD, FORWARD, Measured, Table, mask_of, read
 from distattn.kernels.reference import Reference
-from tests.kernels.cases import BASIC, check_backend
+from tests.kernels.cases import BASIC, DOCUMENTS, check_backend
 
 FULL, CAUSAL = Bands([Band(0, 133, 0, 133)]), Bands([Band(0, 133, 0, 133, -INF, 0)])
 WINDOW = Bands([Band(0, 133, 0, 133, -20, 0)])
@@ -44,7 +44,7 @@ def pick(made: Measured, direction: str, bands: Bands, whole: bool = True) -> st
 
 
 def test_masks() -> None:
-    assert [mask_of(bands) for bands in (FULL, CAUSAL, WINDOW, Bands())] == ["full", "causal", "other", "other"]
+    assert [mask_of(bands) for bands in (FULL, CAUSAL, WINDOW, Bands(), DOCUMENTS)] == ["full", "causal", *3 * ["other"]]
 
 
 def test_the_fastest_that_can() -> None:
