@@ -103,8 +103,8 @@ class Recorder(GluonBackend):
     def _processors(self, device: torch.device) -> int:
         return 132
 
-    def _row(self, kind: str, d: int, d_v: int) -> Any:
-        return super()._row(kind, d, d_v)._replace(**self.rows.get(kind, {}))
+    def _row(self, kind: str, d: int, d_v: int, softcap: float = 0.0) -> Any:
+        return super()._row(kind, d, d_v, softcap)._replace(**self.rows.get(kind, {}))
 
     def _kernel(self, kind: str) -> Any:
         recorder = self
@@ -190,6 +190,7 @@ def all_cases() -> list[Case]:
     sizes = {kind: list(ROWS[FUSED if kind == SCRATCH else kind]) for kind in KINDS}
     forward = [Case(FORWARD, *size, call, softcap) for size in sizes[FORWARD] for call in CALLS for softcap in (False, True)]
     backward = [
-        Case(kind, *size, softcap=softcap) for kind in (KEYS, QUERIES, FUSED) for size in sizes[kind] for softcap in (False, True)
+        Case(kind, *size, softcap=softcap) for kind in (KEYS, QUERIES) for size in sizes[kind] for softcap in (False, True)
     ]
-    return list(chain(forward, backward, (Case(SCRATCH, *size) for size in sizes[SCRATCH])))
+    fused = (Case(FUSED, *size) for size in sizes[FUSED])
+    return list(chain(forward, backward, fused, (Case(SCRATCH, *size) for size in sizes[SCRATCH])))

@@ -14,7 +14,7 @@ from torch.torch_version import TorchVersion
 
 from distattn.kernels.bands import Bands
 from distattn.kernels.contract import Scores, State
-from distattn.kernels.gluon_launch import FORWARD, FUSED, KEYS, PARTS, QUERIES, ROWS, SCRATCH
+from distattn.kernels.gluon_launch import FORWARD, FUSED, KEYS, PARTS, QUERIES, ROWS, SCRATCH, SOFTCAP_ROWS
 from distattn.kernels.gluon_schedule import heads_per_section, schedule
 from distattn.kernels.tiles import TileTable, tile_table
 
@@ -115,6 +115,8 @@ class GluonBackend:
         if (q.shape[2], v.shape[2]) not in sizes:
             named = ", ".join(f"{d}:{d_v}" for d, d_v in sizes)
             return f"{self.name} kernels take head sizes D:D_v of {named}, found {q.shape[2]}:{v.shape[2]}"
+        if scores.softcap and not self.deterministic:
+            return f"{self.name} kernels know no softcap, found {scores.softcap}"
         if not scores.scale > 0:
             return f"Gluon kernels take scales > 0, found {scores.scale}"
         for name, x in (("q", q), ("k", k), ("v", v)):
@@ -134,8 +136,8 @@ class GluonBackend:
         """The Gluon function of ``kind``; imports triton."""
         return kernel(kind)
 
-    def _row(self, kind: str, d: int, d_v: int) -> Any:
-        return ROWS[kind][d, d_v]
+    def _row(self, kind: str, d: int, d_v: int, softcap: float = 0.0) -> Any:
+        return (SOFTCAP_ROWS if softcap and (d, d_v) in SOFTCAP_ROWS.get(kind, {}) else ROWS)[kind][d, d_v]
 
     def _processors(self, device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).multi_processor_count
@@ -149,7 +151,7 @@ class GluonBackend:
             o = torch.empty(*q.shape[:2], v.shape[2], dtype=torch.float32, device=q.device) if out is None else out
             state = State(o, torch.empty(q.shape[:2], dtype=torch.float32, device=q.device))
         target = state.o if out is None else out
-        row = self._row(FORWARD, q.shape[2], v.shape[2])
+        row = self._row(FORWARD, q.shape[2], v.shape[2], scores.softcap)
         table = tile_table(bands, q.shape[0], k.shape[0], row.consumers * 64, row.block_k, "q")
         if fresh or out is not None:
             _fill_idle(table, row.consumers * 64, target, state, fresh)
@@ -182,7 +184,7 @@ class GluonBackend:
                 CONSUMERS=row.consumers,
                 BLOCK_K=row.block_k,
                 STAGES=row.stages,
-                STATE=not fresh,
+                STATE=0 if fresh else 1 if out is None else 2,
                 ALL_ROWS=fresh or out is not None,
                 TMA_OUT=staged,
                 SOFTCAP=scores.softcap != 0,
@@ -210,7 +212,7 @@ class GluonBackend:
         if q.shape[0] == 0 or k.shape[0] == 0 or len(bands) == 0:
             return
         dout = dout if dout.dtype == q.dtype and addressable(dout) is None else dout.to(q.dtype).contiguous()
-        first = not self.deterministic and q.shape[2] == 64 and not scores.softcap
+        first = not self.deterministic and q.shape[2] == 64
         statistics = _statistics(lse, delta, -1 / scores.scale if first else LOG2_E, -1.0 if first else 1.0)
         inputs = q, k, v, dout, statistics
         if self.deterministic:
@@ -230,7 +232,7 @@ class GluonBackend:
         self, kind: str, inputs: Inputs, bands: Bands, scores: Scores, dk: Tensor, dv: Tensor, scratch: Tensor
     ) -> None:
         q, k, v, dout, (lse, delta) = inputs
-        row = self._row(kind, q.shape[2], v.shape[2])
+        row = self._row(kind, q.shape[2], v.shape[2], scores.softcap)
         block_k, block_q = row.key_tiles * 64, row.block_q
         # fused: pieces of dq are whole tiles; else lse and delta are copied from multiples of 16 bytes
         align = block_q if kind == FUSED else 4
@@ -269,13 +271,13 @@ class GluonBackend:
                 STAGES=row.stages,
                 SOFTCAP=scores.softcap != 0,
                 FUSED=kind == FUSED,
-                STATISTICS_FIRST=kind == FUSED and q.shape[2] == 64 and not scores.softcap,
+                STATISTICS_FIRST=kind == FUSED and q.shape[2] == 64,
                 **_registers(row),
             )
 
     def _query_gradients(self, inputs: Inputs, bands: Bands, scores: Scores, dq: Tensor) -> None:
         q, k, v, dout, (lse, delta) = inputs
-        row = self._row(QUERIES, q.shape[2], v.shape[2])
+        row = self._row(QUERIES, q.shape[2], v.shape[2], scores.softcap)
         table = tile_table(bands, q.shape[0], k.shape[0], 128, row.block_k, "q")
         if table.n_work == 0:
             return

@@ -25,7 +25,6 @@ from distattn.kernels.gluon_blocks import (
     barrier,
     hide,
     load_item,
-    load_limits,
     load_runs,
     product_over_head,
     scratch_places,
@@ -100,7 +99,7 @@ def _query_product(ds_r, k_r, slot, z, zero, CID: gl.constexpr, D: gl.constexpr)
 
 @gluon.jit
 def _key_step(
-    dks, dvs, it, masked, rows, limits, begin, inner, outer, before, memory, barriers, ds_s, ds_r, k_r,
+    dks, dvs, it, masked, rows, limits_at, begin, inner, outer, thread, before, memory, barriers, ds_s, ds_r, k_r,
     CID: gl.constexpr, C: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
     D: gl.constexpr, D2: gl.constexpr, D_V2: gl.constexpr, D_SPLIT: gl.constexpr, V_SPLIT: gl.constexpr, SECOND_HALF: gl.constexpr,
     s_layout: gl.constexpr, p_layout: gl.constexpr, SOFTCAP: gl.constexpr, FUSED: gl.constexpr, STATISTICS_FIRST: gl.constexpr,
@@ -122,10 +121,10 @@ def _key_step(
         mbarrier.wait(g_full.index(stage), lap)
         _, start = gl.broadcast(zero, gl.expand_dims(delta_s.index(stage).load(gl.SliceLayout(0, s_layout)), 0))
         dp = warpgroup_mma(v_s.index(C + z), g_s.index(stage).permute((1, 0)), start, is_async=True)
-        s = hide(warpgroup_mma_wait(1, deps=[products]), float("-inf"), masked, rows, limits, begin, BLOCK_Q, s_layout)
+        s = hide(warpgroup_mma_wait(1, deps=[products]), float("-inf"), masked, rows, limits_at, begin, BLOCK_Q, s_layout)
         p = gl.exp2(s * inner)
         dp = warpgroup_mma_wait(0, deps=[dp])
-        ds = hide(p * dp, 0.0, masked, rows, limits, begin, BLOCK_Q, s_layout).to(DTYPE)
+        ds = hide(p * dp, 0.0, masked, rows, limits_at, begin, BLOCK_Q, s_layout).to(DTYPE)
     else:
         products = product_over_head(k_s.index(C + z), k2_s.index(C + z), q_s.index(stage), q2_s.index(stage), zero, D2 > 0)
         mbarrier.wait(g_full.index(stage), lap)
@@ -136,7 +135,7 @@ def _key_step(
         if SOFTCAP:
             bent = tanh(s * inner)
             s = bent * outer
-        s = hide(s, float("-inf"), masked, rows, limits, begin, BLOCK_Q, s_layout)
+        s = hide(s, float("-inf"), masked, rows, limits_at, begin, BLOCK_Q, s_layout)
         p = gl.exp2(s * factor - lse)
         delta = gl.expand_dims(delta_s.index(stage).load(gl.SliceLayout(0, s_layout)), 0)
         dp = warpgroup_mma_wait(0, deps=[dp])
@@ -144,7 +143,7 @@ def _key_step(
         if SOFTCAP:
             ds = ds * (1.0 - bent * bent)
         # garbage behind the mask must not survive as 0 * inf
-        ds = hide(ds, 0.0, masked, rows, limits, begin, BLOCK_Q, s_layout).to(DTYPE)
+        ds = hide(ds, 0.0, masked, rows, limits_at, begin, BLOCK_Q, s_layout).to(DTYPE)
     q = q_s.index(stage)
     g = g_s.index(stage)
     if SECOND_HALF:  # both consumers own the same keys, and this one the other half of the head
@@ -162,7 +161,7 @@ def _key_step(
         dks = add_products(operand, q, q2_s.index(stage), dks, D_SPLIT)
         dq = warpgroup_mma_wait(1, deps=[dq])
         dvs = await_parts(dvs, 1, V_SPLIT)
-        add_to_scratch(dq, before)
+        add_to_scratch(dq, thread + before.to(gl.int64) * (BLOCK_Q * D * 4))
     else:
         dks = add_products(operand, q, q2_s.index(stage), dks, D_SPLIT)
         dvs = await_parts(dvs, 0, V_SPLIT)
@@ -217,13 +216,12 @@ def _sum_keys(
     ds_r = ds_s
     k_r = ds_s
     thread = 0
-    before = 0
+    before = start * 0  # the step before the first adds its zeros to the first tile
     if FUSED:
         k_s = memory[2]
         k_r = k_s._reinterpret(k_s.dtype, [2 * D // 64, 64, 64], k_s.layout)
         ds_r = ds_s._reinterpret(ds_s.dtype, [8 * BLOCK_Q // 64, 64, 64], ds_s.layout)
         thread = (scratch_places(q_layout) * 4).to(gl.int64) + (SCRATCH.to(gl.int64) + CID * 16384)
-        before = thread
         # ds of the step before the first is 0: its product needs no special case
         _share(gl.full([64, BLOCK_Q], 0.0, ds_s.dtype, s_layout), ds_s, ds_full, 0, CID)
     mbarrier.wait(kv_full.index(0), 0)
@@ -231,22 +229,21 @@ def _sum_keys(
     n_entries = last - first
     for turn in range(n_entries * group):
         query_head = head * group + turn // n_entries
-        limits = load_limits(ENTRIES, first + turn % n_entries)
+        limits_at = ENTRIES + (first + turn % n_entries) * 10
         begin, left, full, right = load_runs(ENTRIES, first + turn % n_entries)
         for n in range(left + full + right):
             column = begin + streamed_tile(n, left, full, right) * BLOCK_Q
             dks, dvs = _key_step(
-                dks, dvs, it, n < left + right, rows, limits, column, inner, outer, before, memory, barriers, ds_s, ds_r, k_r,
+                dks, dvs, it, n < left + right, rows, limits_at, column, inner, outer, thread, before, memory, barriers, ds_s, ds_r, k_r,
                 CID, C, BLOCK_Q, STAGES, D, D2, D_V2, D_SPLIT, V_SPLIT, HALF > 0, s_layout, p_layout, SOFTCAP, FUSED, STATISTICS_FIRST,
             )  # fmt: skip
             if FUSED:
-                tile = (query_head * query_tiles + column // BLOCK_Q).to(gl.int64)
-                before = thread + tile * (BLOCK_Q * D * 4)
+                before = query_head * query_tiles + column // BLOCK_Q
             it += 1
     if FUSED:
         mbarrier.wait(ds_full.index(it & 3), (it >> 2) & 1)
         dq = _query_product(ds_r, k_r, it & 3, 0, gl.full([64, 64], 0.0, gl.float32, q_layout), CID, D)
-        add_to_scratch(warpgroup_mma_wait(0, deps=[dq]), before)
+        add_to_scratch(warpgroup_mma_wait(0, deps=[dq]), thread + before.to(gl.int64) * (BLOCK_Q * D * 4))
     keep = rows < n_k
     dv_at = DV + row0.to(gl.int64) * dv_token + head.to(gl.int64) * dv_head + HALF * D_V
     _add_sums(dv_at, dvs, 1.0, dv_token, keep, D_V, D_V2, V_SPLIT)

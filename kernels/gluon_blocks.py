@@ -33,15 +33,6 @@ def load_runs(ENTRIES, index):
 
 
 @gluon.jit
-def load_limits(ENTRIES, index):
-    """(row0, row1, col0, col1, low, high) of an entry."""
-    entry = ENTRIES + index * 10
-    return (
-        gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3), gl.load(entry + 4), gl.load(entry + 5),
-    )  # fmt: skip
-
-
-@gluon.jit
 def streamed_tile(n, left, full, right):
     """The n-th tile of an entry in order of work: the masked ones on both sides first, then the run that needs no mask."""
     masked = gl.where(n < left, n, n + full)
@@ -49,14 +40,19 @@ def streamed_tile(n, left, full, right):
 
 
 @gluon.jit
-def visible(rows, limits, begin, WIDTH: gl.constexpr, layout: gl.constexpr):
-    """[rows, WIDTH] of which columns from ``begin`` on the stationary rows of an entry see: two compares an element."""
-    row0, row1, col0, col1, low, high = limits
-    first = gl.maximum(rows + (low - begin), col0 - begin)
-    last = gl.minimum(rows + (high - begin), col1 - 1 - begin)
-    last = gl.where((rows >= row0) & (rows < row1), last, -1)
-    columns = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, layout)), 0)
-    return (columns >= gl.expand_dims(first, 1)) & (columns <= gl.expand_dims(last, 1))
+def hide(x, instead: gl.constexpr, masked, rows, entry, begin, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """x [rows, WIDTH] with ``instead`` where the entry does not look; columns count from ``begin``. Two compares an element.
+
+    One branch for the whole warpgroup: full tiles pay nothing, and the limits are read where they are needed, so that no
+    registers are kept for them.
+    """
+    if masked:
+        first = gl.maximum(rows + (gl.load(entry + 4) - begin), gl.load(entry + 2) - begin)
+        last = gl.minimum(rows + (gl.load(entry + 5) - begin), gl.load(entry + 3) - 1 - begin)
+        last = gl.where((rows >= gl.load(entry)) & (rows < gl.load(entry + 1)), last, -1)
+        columns = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, layout)), 0)
+        x = gl.where((columns >= gl.expand_dims(first, 1)) & (columns <= gl.expand_dims(last, 1)), x, instead)
+    return x
 
 
 @gluon.jit
@@ -129,14 +125,6 @@ def add_tile(X, x, token, keep, WIDTH: gl.constexpr, layout: gl.constexpr):
     pointers = tile_pointers(X, token, 64, WIDTH, layout)
     inside = spread(keep, layout)
     gl.store(pointers, gl.load(pointers, mask=inside, other=0.0) + x, mask=inside)
-
-
-@gluon.jit
-def hide(x, instead: gl.constexpr, masked, rows, limits, begin, WIDTH: gl.constexpr, layout: gl.constexpr):
-    """``instead`` where the entry does not look: one branch for the whole warpgroup, and nothing kept for it outside."""
-    if masked:
-        x = gl.where(visible(rows, limits, begin, WIDTH, layout), x, instead)
-    return x
 
 
 # 32 sums a thread as 8 adds of 16 bytes, each 512 bytes of a warp in one piece; all 32 elements come with one address

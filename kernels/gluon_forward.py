@@ -25,7 +25,6 @@ from distattn.kernels.gluon_blocks import (
     await_parts,
     hide,
     load_item,
-    load_limits,
     load_runs,
     product_over_head,
     row_maxima,
@@ -81,12 +80,12 @@ def _produce(
 
 
 @gluon.jit
-def _scores(s, masked, rows, limits, begin, inner, outer, BLOCK_K: gl.constexpr, layout: gl.constexpr, SOFTCAP: gl.constexpr):
+def _scores(s, masked, rows, limits_at, begin, inner, outer, BLOCK_K: gl.constexpr, layout: gl.constexpr, SOFTCAP: gl.constexpr):
     """Products to scores: bent by the softcap (then already in base 2), -inf where the entry does not look."""
     if SOFTCAP:
         s = tanh(s * inner) * outer
     # a branch, not a loop of masked tiles and one of full ones: two loops keep two copies of P and cost 16 moves a tile
-    return hide(s, float("-inf"), masked, rows, limits, begin, BLOCK_K, layout)
+    return hide(s, float("-inf"), masked, rows, limits_at, begin, BLOCK_K, layout)
 
 
 @gluon.jit
@@ -99,14 +98,14 @@ def _decay(accs, factor, D_V2: gl.constexpr, o_layout: gl.constexpr, o2_layout: 
 
 @gluon.jit
 def _attend(
-    s, masked, rows, limits, begin, inner, outer, accs, total, top, v_empty, v_full, phase,
+    s, masked, rows, limits_at, begin, inner, outer, accs, total, top, v_empty, v_full, phase,
     BLOCK_K: gl.constexpr, D_V2: gl.constexpr, SOFTCAP: gl.constexpr, MAXIMUM_FIRST: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr, o2_layout: gl.constexpr, p_layout: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """The softmax of one key tile over the products in flight of the tile before: (weights, accs, total, top)."""
     r_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     factor = 1.0 if SOFTCAP else inner  # scaling after the maximum fuses into the subtraction
-    s = _scores(s, masked, rows, limits, begin, inner, outer, BLOCK_K, s_layout, SOFTCAP)
+    s = _scores(s, masked, rows, limits_at, begin, inner, outer, BLOCK_K, s_layout, SOFTCAP)
     new_top = gl.maximum(top, row_maxima(s, 64, BLOCK_K, r_layout) * factor)
     decay = gl.exp2(top - new_top)
     if MAXIMUM_FIRST:  # the maxima run under PV, the exponentials share their issue slots with the decay
@@ -131,11 +130,15 @@ def _store_tile(
 ):
     """Part of a tile of o straight from the accumulators, joined with the incoming state: 4 lanes write one sector."""
     o = acc * spread(weight, layout)
+    to = tile_pointers(O, o_token, 64, WIDTH, layout)
     if STATE:  # the o of an empty row is not used: whatever stands there counts as 0
         inside = spread(live, layout)
-        o_in = gl.load(tile_pointers(O_IN, in_token, 64, WIDTH, layout), mask=inside, other=0.0)
+        given = to
+        if STATE == 2:
+            given = tile_pointers(O_IN, in_token, 64, WIDTH, layout)
+        o_in = gl.load(given, mask=inside, other=0.0)
         o = o + gl.where(inside, o_in, 0.0) * spread(weight_in, layout)
-    gl.store(tile_pointers(O, o_token, 64, WIDTH, layout), o.to(O.dtype.element_ty), mask=spread(keep, layout))
+    gl.store(to, o.to(O.dtype.element_ty), mask=spread(keep, layout))
 
 
 @gluon.jit
@@ -173,7 +176,7 @@ def _consume(
         if D_V2:
             accs = (accs[0], gl.full([64, D_V2], 0.0, gl.float32, o2_layout))
         # the first tile has no products of an earlier one to overlap with; it is always masked, which a full tile bears
-        limits = load_limits(ENTRIES, first)
+        limits_at = ENTRIES + first * 10
         begin, left, full, right = load_runs(ENTRIES, first)
         mbarrier.wait(q_full.index(CID), turn & 1)
         stage = it % STAGES
@@ -183,7 +186,7 @@ def _consume(
         s = warpgroup_mma_wait(0, deps=[product_over_head(q, q2, k_s.index(stage), k2_s.index(stage), zero, D2 > 0)])
         mbarrier.arrive(k_empty.index(stage), count=1)
         column = begin + streamed_tile(0, left, full, right) * BLOCK_K
-        s = _scores(s, True, rows, limits, column, inner, outer, BLOCK_K, s_layout, SOFTCAP)
+        s = _scores(s, True, rows, limits_at, column, inner, outer, BLOCK_K, s_layout, SOFTCAP)
         factor = 1.0 if SOFTCAP else inner
         top = gl.maximum(gl.full([64], NOTHING, gl.float32, r_layout), row_maxima(s, 64, BLOCK_K, r_layout) * factor)
         p = gl.exp2(s * factor - gl.expand_dims(top, 1))
@@ -193,7 +196,7 @@ def _consume(
         for entry in range(first, last):
             # not a variable set to 1 before the loop and to 0 in it: the compiler takes both for constants and carries neither
             done = gl.maximum(first + 1 - entry, 0)
-            limits = load_limits(ENTRIES, entry)
+            limits_at = ENTRIES + entry * 10
             begin, left, full, right = load_runs(ENTRIES, entry)
             for n in range(done, left + full + right):
                 stage = it % STAGES
@@ -211,7 +214,7 @@ def _consume(
                 mbarrier.arrive(k_empty.index(stage), count=1)
                 column = begin + streamed_tile(n, left, full, right) * BLOCK_K
                 weights, accs, total, top = _attend(
-                    s, n < left + right, rows, limits, column, inner, outer, accs, total, top,
+                    s, n < left + right, rows, limits_at, column, inner, outer, accs, total, top,
                     v_empty.index(before), v_full.index(before), lap_before,
                     BLOCK_K, D_V2, SOFTCAP, MAXIMUM_FIRST, s_layout, o_layout, o2_layout, p_layout, DTYPE,
                 )  # fmt: skip
@@ -288,7 +291,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Grid: the programs of the schedule; program p works through slots p, p + programs, ... of which it has COUNTS[p] >= 1.
 
-    STATE joins (O_IN, LSE), LSE in place; without ALL_ROWS rows that saw nothing stay. TMA_OUT (without STATE) stages o in shared memory.
+    STATE joins the state (O, LSE) in place (1), or (O_IN, LSE) (2); without ALL_ROWS rows that saw nothing stay. TMA_OUT (without STATE) stages o in shared memory.
     """
     DTYPE: gl.constexpr = q_from.dtype
     q_s = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 64, D], q_from.layout)

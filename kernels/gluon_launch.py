@@ -74,3 +74,5 @@ FUSED_ROWS = {(64, 64): Keys(block_q=128), (128, 128): Keys()}
 ROWS: dict[str, dict[tuple[int, int], NamedTuple]] = {
     FORWARD: {**FORWARD_ROWS}, KEYS: {**KEYS_ROWS}, QUERIES: {**QUERIES_ROWS}, FUSED: {**FUSED_ROWS},
 }  # fmt: skip
+# A softcap keeps tanh of the scores until their gradients are known: half as many queries at a time leave the registers for it.
+SOFTCAP_ROWS: dict[str, dict[tuple[int, int], NamedTuple]] = {KEYS: {(96, 96): Keys(block_q=32), (128, 128): Keys(block_q=32)}}

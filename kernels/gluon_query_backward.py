@@ -16,7 +16,6 @@ from distattn.kernels.gluon_blocks import (
     await_parts,
     hide,
     load_item,
-    load_limits,
     load_runs,
     product_over_head,
     scratch_places,
@@ -69,7 +68,7 @@ def _fetch_keys(
 
 @gluon.jit
 def _probabilities(
-    s, lse, masked, rows, limits, begin, inner, outer, BLOCK_K: gl.constexpr, layout: gl.constexpr, SOFTCAP: gl.constexpr
+    s, lse, masked, rows, limits_at, begin, inner, outer, BLOCK_K: gl.constexpr, layout: gl.constexpr, SOFTCAP: gl.constexpr
 ):
     """(p, slope): softmax of raw products and, with a softcap, d(bent score) / d(product * scale). lse is in base 2."""
     slope = 1.0
@@ -78,18 +77,18 @@ def _probabilities(
         bent = tanh(s * inner)
         slope = 1.0 - bent * bent
         s = bent * outer
-    return gl.exp2(hide(s, float("-inf"), masked, rows, limits, begin, BLOCK_K, layout) * factor - lse), slope
+    return gl.exp2(hide(s, float("-inf"), masked, rows, limits_at, begin, BLOCK_K, layout) * factor - lse), slope
 
 
 @gluon.jit
 def _score_gradients(
-    p, slope, dp, delta, masked, rows, limits, begin, BLOCK_K: gl.constexpr, layout: gl.constexpr, SOFTCAP: gl.constexpr
+    p, slope, dp, delta, masked, rows, limits_at, begin, BLOCK_K: gl.constexpr, layout: gl.constexpr, SOFTCAP: gl.constexpr
 ):
     """Gradients of products * scale; garbage behind the mask must not survive as 0 * inf."""
     ds = p * (dp - delta)
     if SOFTCAP:
         ds = ds * slope
-    return hide(ds, 0.0, masked, rows, limits, begin, BLOCK_K, layout)
+    return hide(ds, 0.0, masked, rows, limits_at, begin, BLOCK_K, layout)
 
 
 @gluon.jit
@@ -128,7 +127,7 @@ def _sum_queries(
     g = g_s.index(CID)
     g2 = g2_s.index(CID)
     # the first tile has no dq of an earlier one to go with
-    limits = load_limits(ENTRIES, first)
+    limits_at = ENTRIES + first * 10
     begin, left, full, right = load_runs(ENTRIES, first)
     mbarrier.wait(q_full.index(CID), 0)
     mbarrier.wait(k_full.index(0), 0)
@@ -137,15 +136,15 @@ def _sum_queries(
     dp = product_over_head(g, g2, v_s.index(0), v2_s.index(0), zero, D_V2 > 0)
     s = warpgroup_mma_wait(V_GROUPS, deps=[products])
     column = begin + streamed_tile(0, left, full, right) * BLOCK_K
-    p, slope = _probabilities(s, lse, True, rows, limits, column, inner, outer, BLOCK_K, s_layout, SOFTCAP)
+    p, slope = _probabilities(s, lse, True, rows, limits_at, column, inner, outer, BLOCK_K, s_layout, SOFTCAP)
     dp = warpgroup_mma_wait(0, deps=[dp])
     mbarrier.arrive(v_empty.index(0), count=1)
-    ds = _score_gradients(p, slope, dp, delta, True, rows, limits, column, BLOCK_K, s_layout, SOFTCAP).to(DTYPE)
+    ds = _score_gradients(p, slope, dp, delta, True, rows, limits_at, column, BLOCK_K, s_layout, SOFTCAP).to(DTYPE)
     ds = gl.convert_layout(ds, p_layout)
     it = 1
     for entry in range(first, last):
         done = gl.maximum(first + 1 - entry, 0)
-        limits = load_limits(ENTRIES, entry)
+        limits_at = ENTRIES + entry * 10
         begin, left, full, right = load_runs(ENTRIES, entry)
         for n in range(done, left + full + right):
             stage = it % STAGES
@@ -159,10 +158,10 @@ def _sum_queries(
             dqs = add_products(ds, k_s.index(before), k2_s.index(before), dqs, SPLIT)
             s = warpgroup_mma_wait(V_GROUPS + D_GROUPS, deps=[products])
             column = begin + streamed_tile(n, left, full, right) * BLOCK_K
-            p, slope = _probabilities(s, lse, masked, rows, limits, column, inner, outer, BLOCK_K, s_layout, SOFTCAP)
+            p, slope = _probabilities(s, lse, masked, rows, limits_at, column, inner, outer, BLOCK_K, s_layout, SOFTCAP)
             dp = warpgroup_mma_wait(D_GROUPS, deps=[dp])
             mbarrier.arrive(v_empty.index(stage), count=1)
-            ds_next = _score_gradients(p, slope, dp, delta, masked, rows, limits, column, BLOCK_K, s_layout, SOFTCAP).to(DTYPE)
+            ds_next = _score_gradients(p, slope, dp, delta, masked, rows, limits_at, column, BLOCK_K, s_layout, SOFTCAP).to(DTYPE)
             dqs = await_parts(dqs, 0, SPLIT)
             mbarrier.arrive(k_empty.index(before), count=1)
             ds = gl.convert_layout(ds_next, p_layout)

@@ -39,8 +39,8 @@ class Emulated(GluonBackend):
     def _processors(self, device: torch.device) -> int:
         return self.processors
 
-    def _row(self, kind: str, d: int, d_v: int) -> Any:
-        return super()._row(kind, d, d_v)._replace(**self.rows.get(kind, {}))
+    def _row(self, kind: str, d: int, d_v: int, softcap: float = 0.0) -> Any:
+        return super()._row(kind, d, d_v, softcap)._replace(**self.rows.get(kind, {}))
 
     def _kernel(self, kind: str) -> Kernel:
         module, function = MODULES[kind]

@@ -59,7 +59,7 @@ def test_every_head_size_with_the_tiles_that_ship(size: tuple[int, int], softcap
 @pytest.mark.parametrize("case", [BASIC, *(replace(BASIC, bands=bands) for bands in (GAPS, DOCUMENTS, WINDOW))], ids=range(4))
 def test_the_fused_backward(case: Case, size: tuple[int, int]) -> None:
     check_backend(Emulated(deterministic=False), replace(fit(case, *size), heads=(4, 2), n_q=150, n_k=140))
-    check_backend(Emulated(deterministic=False), replace(fit(case, *size), softcap=2.0, calls=2))
+    check_backend(Emulated(deterministic=False), replace(fit(case, *size), sinks=True, calls=2))
 
 
 @settings(max_examples=25)
@@ -81,7 +81,7 @@ def test_random_unions(bands, heads, size, dtype, calls, sinks, strided, final, 
         "random", 210, 170, bands, heads, *size, dtype, softcap, sinks, calls, dtype if final else None, strided
     )  # fmt: skip
     check_backend(Emulated(seed, processors, SMALL), case, seed)
-    if size == (64, 64):
+    if size == (64, 64) and not softcap:
         check_backend(Emulated(seed, processors, deterministic=False), case, seed)
 
 
@@ -100,7 +100,7 @@ def test_many_random_unions(data: st.DataObject) -> None:
     rows = {FORWARD: {"maximum_first": data.draw(st.booleans()), "ping_pong": data.draw(st.booleans())}}
     seed = data.draw(st.integers(0, 1 << 20))
     check_backend(Emulated(seed, data.draw(st.integers(1, 9)), rows), case, seed)
-    if size in ROWS[FUSED]:
+    if size in ROWS[FUSED] and not case.softcap:
         check_backend(Emulated(seed, deterministic=False), case, seed)
 
 
@@ -112,8 +112,7 @@ def test_other_launches_of_the_forward(change: dict[str, object]) -> None:
     check_backend(Emulated(rows={FORWARD: {"block_k": 32, **change}}), case)
 
 
-@pytest.mark.parametrize("softcap", [0.0, 2.0])
-@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("softcap, deterministic", [(0.0, True), (2.0, True), (0.0, False)])
 def test_untouched_rows_keep_their_bits(softcap: float, deterministic: bool) -> None:
     bands = Bands([Band(3, 40, 5, 30, -INF, -4), Band(60, 90, 40, 77), Band(261, 290, 300, 331, 12, INF)])
     case = replace(fit(BASIC), bands=bands, n_q=400, n_k=460, softcap=softcap)
@@ -267,6 +266,7 @@ def test_refusals_name_what_was_found() -> None:
     assert "torch.float16" in reason(x, x.half())
     assert "found 80:80" in reason(torch.zeros(8, 2, 80, dtype=BF16))
     assert "found 96:96" in reason(torch.zeros(8, 2, 96, dtype=BF16), deterministic=False)
+    assert "know no softcap, found 2.0" in (Emulated(deterministic=False).reject(x, x, x, Scores(1.0, 2.0)) or "")
     assert "found 64:128" in reason(x, x, torch.zeros(8, 2, 128, dtype=BF16))
     assert "scales > 0, found 0.0" in reason(x, scale=0.0)
     head_major = torch.zeros(2, 8, 64, dtype=BF16).transpose(0, 1)
