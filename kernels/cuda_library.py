@@ -4,7 +4,7 @@ Their aten operators return the lse, so a block's result can be merged; what els
 
 - The backward wants ``out`` and knows no delta. All that it makes of ``out`` is ``rowsum(dout * out)``, so it gets an ``out``
   that gives delta: four entries a row, each of which takes what the one before left over (:func:`out_for_delta`).
-- lse is heads-first, cuDNN's with a last dimension of 1, and natural in both. Rows that saw nothing come with +inf: exp(s - inf) = 0.
+- lse is heads-first, cuDNN's with a last dimension of 1, and natural in both. Rows that saw nothing get +inf: exp(s - inf) = 0.
 - o comes in 16 bits. A single block that is the whole call keeps all its bits; states and accumulators stay float32, but what is
   merged into them has been rounded once a block, which :func:`distattn.kernels.choose` therefore does not do unasked.
 - dk and dv of grouped heads come summed. The order of cuDNN's and flash's sums in dq is not fixed: no bitwise repeats.

@@ -1,4 +1,4 @@
-"""The Hopper backend: from tensors and bands to launches. Importable without triton, which :meth:`GluonBackend.reject` then says."""
+"""The Hopper backend: from tensors and bands to launches. Importable without triton, which its :meth:`reject` then says."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ class GluonBackend:
                 CONSUMERS=row.consumers,
                 BLOCK_K=row.block_k,
                 STAGES=row.stages,
-                STATE=0 if fresh else 1 if out is None else 2,
+                STATE=not fresh,
                 ALL_ROWS=fresh or out is not None,
                 TMA_OUT=staged,
                 SOFTCAP=scores.softcap != 0,

@@ -101,8 +101,10 @@ def _query_product(ds_r, k_r, slot, z, zero, CID: gl.constexpr, D: gl.constexpr)
 def _key_step(
     dks, dvs, it, masked, rows, limits_at, begin, inner, outer, thread, before, memory, barriers, ds_s, ds_r, k_r,
     CID: gl.constexpr, C: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
-    D: gl.constexpr, D2: gl.constexpr, D_V2: gl.constexpr, D_SPLIT: gl.constexpr, V_SPLIT: gl.constexpr, SECOND_HALF: gl.constexpr,
-    s_layout: gl.constexpr, p_layout: gl.constexpr, SOFTCAP: gl.constexpr, FUSED: gl.constexpr, STATISTICS_FIRST: gl.constexpr,
+    D: gl.constexpr, D2: gl.constexpr, D_V2: gl.constexpr,
+    D_SPLIT: gl.constexpr, V_SPLIT: gl.constexpr, SECOND_HALF: gl.constexpr,
+    s_layout: gl.constexpr, p_layout: gl.constexpr,
+    SOFTCAP: gl.constexpr, FUSED: gl.constexpr, STATISTICS_FIRST: gl.constexpr,
 ):  # fmt: skip
     """One query tile into the sums of dk and dv; FUSED also adds dq of the step before at ``before``."""
     q_s, q2_s, k_s, k2_s, v_s, v2_s, g_s, g2_s, lse_s, delta_s = memory
@@ -194,7 +196,8 @@ def _add_sums(X, sums, scale, token, keep, D: gl.constexpr, D2: gl.constexpr, SP
 def _sum_keys(
     CID: gl.constexpr, outputs, memory, ds_s, barriers, work, addresses,
     KEY_TILES: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
-    D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr, SOFTCAP: gl.constexpr, FUSED: gl.constexpr, STATISTICS_FIRST: gl.constexpr,
+    D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr,
+    SOFTCAP: gl.constexpr, FUSED: gl.constexpr, STATISTICS_FIRST: gl.constexpr,
 ):  # fmt: skip
     """64 rows of keys, or with KEY_TILES 1 all 64 and one half of the head."""
     DK, DV, SCRATCH = outputs
@@ -234,8 +237,10 @@ def _sum_keys(
         for n in range(left + full + right):
             column = begin + streamed_tile(n, left, full, right) * BLOCK_Q
             dks, dvs = _key_step(
-                dks, dvs, it, n < left + right, rows, limits_at, column, inner, outer, thread, before, memory, barriers, ds_s, ds_r, k_r,
-                CID, C, BLOCK_Q, STAGES, D, D2, D_V2, D_SPLIT, V_SPLIT, HALF > 0, s_layout, p_layout, SOFTCAP, FUSED, STATISTICS_FIRST,
+                dks, dvs, it, n < left + right, rows, limits_at, column, inner, outer, thread, before,
+                memory, barriers, ds_s, ds_r, k_r,
+                CID, C, BLOCK_Q, STAGES, D, D2, D_V2, D_SPLIT, V_SPLIT, HALF > 0,
+                s_layout, p_layout, SOFTCAP, FUSED, STATISTICS_FIRST,
             )  # fmt: skip
             if FUSED:
                 before = query_head * query_tiles + column // BLOCK_Q

@@ -97,6 +97,17 @@ def _decay(accs, factor, D_V2: gl.constexpr, o_layout: gl.constexpr, o2_layout: 
 
 
 @gluon.jit
+def _begin(s, rows, limits_at, begin, inner, outer, BLOCK_K: gl.constexpr, SOFTCAP: gl.constexpr, s_layout: gl.constexpr):
+    """The softmax of a row's first key tile, always masked, which a full tile bears: (p, total, top)."""
+    r_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    factor = 1.0 if SOFTCAP else inner
+    s = _scores(s, True, rows, limits_at, begin, inner, outer, BLOCK_K, s_layout, SOFTCAP)
+    top = gl.maximum(gl.full([64], NOTHING, gl.float32, r_layout), row_maxima(s, 64, BLOCK_K, r_layout) * factor)
+    p = gl.exp2(s * factor - gl.expand_dims(top, 1))
+    return p, row_sums_of_threads(p, 64, BLOCK_K), top
+
+
+@gluon.jit
 def _attend(
     s, masked, rows, limits_at, begin, inner, outer, accs, total, top, v_empty, v_full, phase,
     BLOCK_K: gl.constexpr, D_V2: gl.constexpr, SOFTCAP: gl.constexpr, MAXIMUM_FIRST: gl.constexpr,
@@ -125,20 +136,42 @@ def _attend(
 
 
 @gluon.jit
+def _finish_rows(sums, top, lse_at, exists, STATE: gl.constexpr):
+    """(lse, weight of the accumulators, weight of the incoming o, whether it has any) of the rows of a finished tile."""
+    seen = sums > 0.0
+    weight_in = sums
+    live = exists
+    if STATE:  # maximum lse, sum 1, accumulator o
+        lse_in = gl.load(lse_at, mask=exists, other=float("-inf"))
+        live = lse_in > float("-inf")
+        top_in = gl.maximum(lse_in * (1.0 / LN_2), NOTHING)
+        joined = gl.maximum(top, top_in)
+        weight = gl.exp2(top - joined)
+        weight_in = gl.where(live, gl.exp2(top_in - joined), 0.0)
+        sums = sums * weight + weight_in
+        top = joined
+    safe = gl.where(sums == 0.0, 1.0, sums)
+    lse = gl.where(sums == 0.0, float("-inf"), (top + gl.log2(safe)) * LN_2)
+    if STATE:  # rows that saw nothing keep their bits: base 2 and back is not exact
+        lse = gl.where(seen, lse, lse_in)
+        weight = gl.where(seen, weight / safe, 0.0)
+        weight_in = gl.where(seen, weight_in / safe, gl.where(live, 1.0, 0.0))
+    else:
+        weight = 1.0 / safe
+    return lse, weight, weight_in, live
+
+
+@gluon.jit
 def _store_tile(
     acc, weight, weight_in, live, keep, O, O_IN, o_token, in_token, WIDTH: gl.constexpr, STATE: gl.constexpr, layout: gl.constexpr
 ):
     """Part of a tile of o straight from the accumulators, joined with the incoming state: 4 lanes write one sector."""
     o = acc * spread(weight, layout)
-    to = tile_pointers(O, o_token, 64, WIDTH, layout)
     if STATE:  # the o of an empty row is not used: whatever stands there counts as 0
         inside = spread(live, layout)
-        given = to
-        if STATE == 2:
-            given = tile_pointers(O_IN, in_token, 64, WIDTH, layout)
-        o_in = gl.load(given, mask=inside, other=0.0)
+        o_in = gl.load(tile_pointers(O_IN, in_token, 64, WIDTH, layout), mask=inside, other=0.0)
         o = o + gl.where(inside, o_in, 0.0) * spread(weight_in, layout)
-    gl.store(to, o.to(O.dtype.element_ty), mask=spread(keep, layout))
+    gl.store(tile_pointers(O, o_token, 64, WIDTH, layout), o.to(O.dtype.element_ty), mask=spread(keep, layout))
 
 
 @gluon.jit
@@ -165,7 +198,6 @@ def _consume(
     DTYPE: gl.constexpr = q_s.dtype
     zero = gl.full([64, BLOCK_K], 0.0, gl.float32, s_layout)
     it = 0  # key tiles consumed so far, over all items
-    issued = 0  # turns taken at issuing
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
     head, start, first, last = load_item(SLOTS, pid)
@@ -175,7 +207,7 @@ def _consume(
         accs = (gl.full([64, D_V], 0.0, gl.float32, o_layout),)
         if D_V2:
             accs = (accs[0], gl.full([64, D_V2], 0.0, gl.float32, o2_layout))
-        # the first tile has no products of an earlier one to overlap with; it is always masked, which a full tile bears
+        # the first tile has no products of an earlier one to overlap with
         limits_at = ENTRIES + first * 10
         begin, left, full, right = load_runs(ENTRIES, first)
         mbarrier.wait(q_full.index(CID), turn & 1)
@@ -186,11 +218,7 @@ def _consume(
         s = warpgroup_mma_wait(0, deps=[product_over_head(q, q2, k_s.index(stage), k2_s.index(stage), zero, D2 > 0)])
         mbarrier.arrive(k_empty.index(stage), count=1)
         column = begin + streamed_tile(0, left, full, right) * BLOCK_K
-        s = _scores(s, True, rows, limits_at, column, inner, outer, BLOCK_K, s_layout, SOFTCAP)
-        factor = 1.0 if SOFTCAP else inner
-        top = gl.maximum(gl.full([64], NOTHING, gl.float32, r_layout), row_maxima(s, 64, BLOCK_K, r_layout) * factor)
-        p = gl.exp2(s * factor - gl.expand_dims(top, 1))
-        total = row_sums_of_threads(p, 64, BLOCK_K)
+        p, total, top = _begin(s, rows, limits_at, column, inner, outer, BLOCK_K, SOFTCAP, s_layout)
         weights = gl.convert_layout(p.to(DTYPE), p_layout)
         it += 1
         for entry in range(first, last):
@@ -204,7 +232,7 @@ def _consume(
                 lap_before = ((it - 1) // STAGES) & 1
                 mbarrier.wait(k_full.index(stage), (it // STAGES) & 1)
                 if PING_PONG:
-                    mbarrier.wait(turns.index(CID), issued & 1)
+                    mbarrier.wait(turns.index(CID), (it - turn - 1) & 1)  # first tiles of items take no turn
                 products = product_over_head(q, q2, k_s.index(stage), k2_s.index(stage), zero, D2 > 0)
                 mbarrier.wait(v_full.index(before), lap_before)
                 accs = add_products(weights, v_s.index(before), v2_s.index(before), accs, D_V2 > 0)
@@ -219,7 +247,6 @@ def _consume(
                     BLOCK_K, D_V2, SOFTCAP, MAXIMUM_FIRST, s_layout, o_layout, o2_layout, p_layout, DTYPE,
                 )  # fmt: skip
                 it += 1
-                issued += 1
         mbarrier.arrive(q_empty.index(CID), count=1)
         before = (it - 1) % STAGES
         mbarrier.wait(v_full.index(before), ((it - 1) // STAGES) & 1)
@@ -231,29 +258,10 @@ def _consume(
         base = row0.to(gl.int64)
         lse_at = LSE + base * lse_token + head.to(gl.int64) * lse_head + (rows - row0) * lse_token
         sums = gl.convert_layout(gl.sum(total, 1), r_layout)
-        seen = sums > 0.0
         keep = exists
         if not ALL_ROWS:
-            keep = exists & seen
-        weight_in = sums
-        live = exists
-        if STATE:  # maximum lse, sum 1, accumulator o
-            lse_in = gl.load(lse_at, mask=exists, other=float("-inf"))
-            live = lse_in > float("-inf")
-            top_in = gl.maximum(lse_in * (1.0 / LN_2), NOTHING)
-            joined = gl.maximum(top, top_in)
-            weight = gl.exp2(top - joined)
-            weight_in = gl.where(live, gl.exp2(top_in - joined), 0.0)
-            sums = sums * weight + weight_in
-            top = joined
-        safe = gl.where(sums == 0.0, 1.0, sums)
-        lse = gl.where(sums == 0.0, float("-inf"), (top + gl.log2(safe)) * LN_2)
-        if STATE:
-            lse = gl.where(seen, lse, lse_in)  # rows that saw nothing keep their bits: base 2 and back is not exact
-            weight = gl.where(seen, weight / safe, 0.0)
-            weight_in = gl.where(seen, weight_in / safe, gl.where(live, 1.0, 0.0))
-        else:
-            weight = 1.0 / safe
+            keep = exists & (sums > 0.0)
+        lse, weight, weight_in, live = _finish_rows(sums, top, lse_at, exists, STATE)
         gl.store(lse_at, lse, mask=keep)
         accs = await_parts(accs, 0, D_V2 > 0)
         mbarrier.arrive(v_empty.index(before), count=1)
@@ -289,9 +297,10 @@ def forward_kernel(
     STATE: gl.constexpr, ALL_ROWS: gl.constexpr, TMA_OUT: gl.constexpr, SOFTCAP: gl.constexpr,
     PING_PONG: gl.constexpr, MAXIMUM_FIRST: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Grid: the programs of the schedule; program p works through slots p, p + programs, ... of which it has COUNTS[p] >= 1.
+    """Grid: the programs of the schedule. Program p works through slots p, p + programs, ... of which it has COUNTS[p] >= 1.
 
-    STATE joins the state (O, LSE) in place (1), or (O_IN, LSE) (2); without ALL_ROWS rows that saw nothing stay. TMA_OUT (without STATE) stages o in shared memory.
+    STATE joins the state (O_IN, LSE), LSE in place; without ALL_ROWS rows that saw nothing stay. TMA_OUT
+    (without STATE) stages o in shared memory.
     """
     DTYPE: gl.constexpr = q_from.dtype
     q_s = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 64, D], q_from.layout)
@@ -342,10 +351,10 @@ def forward_kernel(
     if CONSUMERS == 2:  # written out twice: a tuple of constants is not constant any more once it has a name
         gl.warp_specialize(
             [
-                (_consume, (ZERO, o_to, outputs, memory, o_s, barriers, work, addresses, CONSUMERS, BLOCK_K, STAGES, D2, D_V, D_V2,
-                            STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST)),
-                (_consume, (ONE, o_to, outputs, memory, o_s, barriers, work, addresses, CONSUMERS, BLOCK_K, STAGES, D2, D_V, D_V2,
-                            STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST)),
+                (_consume, (ZERO, o_to, outputs, memory, o_s, barriers, work, addresses, CONSUMERS, BLOCK_K, STAGES,
+                            D2, D_V, D_V2, STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST)),
+                (_consume, (ONE, o_to, outputs, memory, o_s, barriers, work, addresses, CONSUMERS, BLOCK_K, STAGES,
+                            D2, D_V, D_V2, STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST)),
                 (_produce, (descriptors, memory, barriers, work, loads, CONSUMERS, BLOCK_K, STAGES, D, D2, D_V, D_V2)),
             ],
             [4, 4],
@@ -354,12 +363,12 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (ZERO, o_to, outputs, memory, o_s, barriers, work, addresses, CONSUMERS, BLOCK_K, STAGES, D2, D_V, D_V2,
-                            STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST)),
-                (_consume, (ONE, o_to, outputs, memory, o_s, barriers, work, addresses, CONSUMERS, BLOCK_K, STAGES, D2, D_V, D_V2,
-                            STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST)),
-                (_consume, (TWO, o_to, outputs, memory, o_s, barriers, work, addresses, CONSUMERS, BLOCK_K, STAGES, D2, D_V, D_V2,
-                            STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST)),
+                (_consume, (ZERO, o_to, outputs, memory, o_s, barriers, work, addresses, CONSUMERS, BLOCK_K, STAGES,
+                            D2, D_V, D_V2, STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST)),
+                (_consume, (ONE, o_to, outputs, memory, o_s, barriers, work, addresses, CONSUMERS, BLOCK_K, STAGES,
+                            D2, D_V, D_V2, STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST)),
+                (_consume, (TWO, o_to, outputs, memory, o_s, barriers, work, addresses, CONSUMERS, BLOCK_K, STAGES,
+                            D2, D_V, D_V2, STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST)),
                 (_produce, (descriptors, memory, barriers, work, loads, CONSUMERS, BLOCK_K, STAGES, D, D2, D_V, D_V2)),
             ],
             [4, 4, 4],

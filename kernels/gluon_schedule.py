@@ -22,9 +22,10 @@ OVERHEAD = 1.5  # of an item beyond its tiles, in tiles: prologue and epilogue
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """``slots[p + n * programs]`` is the n-th of ``counts[p]`` items of program p: (head, first row, first entry, end of entries).
+    """``slots[p + n * programs]`` is the n-th of ``counts[p]`` items of program p.
 
-    Written out in full, so that a program finds its work in one read, not in a chain of three.
+    An item is (head, first row, first entry, end of entries), written out so that a program finds its work in
+    one read, not in a chain of three.
     """
 
     slots: np.ndarray

@@ -69,8 +69,10 @@ def print_results(results: Results) -> None:
         for who, rate in sorted(rates.items(), key=lambda item: item[1].seconds):
             ratios = (results.ratio(case, who, library) for library in ("cuDNN", "flash", "flex_attention", "SDPA"))
             table.add_row(
-                case.name, who, f"{results.tflops(case, who):.4g}", f"{rate.spread:.1%}", f"{results.tflops(case, who, True):.4g}",
-                f"{results.tflops(case, who) / gemm:.1%}", *("" if ratio is None else f"{ratio:.3f}" for ratio in ratios),
+                case.name, who, f"{results.tflops(case, who):.4g}", f"{rate.spread:.1%}",
+                f"{results.tflops(case, who, True):.4g}",
+                f"{results.tflops(case, who) / gemm:.1%}",
+                *("" if ratio is None else f"{ratio:.3f}" for ratio in ratios),
             )  # fmt: skip
         table.add_section()
     console.print(table)
@@ -110,7 +112,7 @@ def as_json(results: Results) -> dict[str, Any]:
 
 
 def as_order(results: Results) -> dict[str, Any]:
-    """The table of :mod:`distattn.kernels.measured`: backends by the mean of their sustained rates, geometric, over the lengths."""
+    """The table of :mod:`distattn.kernels.measured`: backends by the geometric mean of their sustained rates over the lengths."""
     rates: dict[tuple[str, str, int, int], dict[str, list[float]]] = {}
     for case, found in results.rates.items():
         if case.state:

@@ -113,7 +113,8 @@ def report_gluon(asked: argparse.Namespace) -> int:
         if asked.json:
             print(json.dumps(fields), flush=True)
             continue
-        figures = f"{made.warps} warps, {made.registers} registers, {made.spills} bytes spilled, {made.shared} bytes shared, {made.wgmma} wgmma"
+        sizes_of = f"{made.registers} registers, {made.spills} bytes spilled, {made.shared} shared"
+        figures = f"{made.warps} warps, {sizes_of}, {made.wgmma} wgmma"
         call = f" {case.call}" if case.kind == "forward" else ""
         print(f"{case.kind} {case.d}:{case.d_v}{call}: {figures}: {'; '.join(made.violations) or 'ok'}", flush=True)
     return 1 if wrong else 0

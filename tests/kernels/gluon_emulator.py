@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from distattn.kernels.gluon_backend import GluonBackend
+from distattn.kernels.gluon_launch import FORWARD, KEYS, QUERIES
 from tests.kernels.gluon_language import Kernel, load
 
 MODULES = {
@@ -16,6 +17,8 @@ MODULES = {
     "query_gradient": ("gluon_query_backward", "query_gradient_kernel"),
     "add_scratch": ("gluon_query_backward", "add_scratch_kernel"),
 }
+# more tiles, hence more laps of the stages, at small sizes
+SMALL: dict[str, dict[str, Any]] = {FORWARD: {"block_k": 32}, KEYS: {"block_q": 32}, QUERIES: {"block_k": 32}}
 
 
 class Emulated(GluonBackend):

@@ -1,14 +1,15 @@
 """A multiprocessor for tests: partitions, barriers, asynchronous copies and products, and a detector of races between them.
 
 One program runs at a time. Its partitions are threads of which one runs at a time; who goes on is drawn at every operation
-that synchronises, and copies complete whenever the draw says so. That explores orders; it is not what finds missing waits. Every access to
-shared memory is checked against vector clocks instead: an access that no chain of waits orders after an earlier conflicting
-one is an error in whatever order the two happened to run. So are deadlocks, copies that nobody announced, accesses of several
-threads published by one of them, and products that are read before they were awaited.
+that synchronises, and copies complete whenever the draw says so. That explores orders; it is not what finds missing waits.
+Every access to shared memory is checked against vector clocks: an access that no chain of waits orders after an earlier
+conflicting one is an error in whatever order the two happened to run. So are deadlocks, copies that nobody announced, accesses
+of several threads published by one of them, and products that are read before they were awaited.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from collections.abc import Callable
@@ -256,10 +257,8 @@ class Machine:
         except BaseException as error:  # handed to the thread that launched
             if self.error is None:
                 self.error = error
-            try:
+            with contextlib.suppress(Stopped):
                 self._stop()
-            except Stopped:
-                pass
 
     # ---- shared memory
 

@@ -1,8 +1,8 @@
 """All block backends on a real GPU, against dense attention in float64: what no emulator and no compiler can show.
 
-The cases are those of the CPU backends (``tests/kernels/cases.py``): their tensors are made on the CPU, run on the GPU, and compared
-there. Run all of it with: ``python -m pytest --all -m gpu tests/kernels/test_gpu.py``. A wrong count of arrivals hangs a kernel
-for ever: pytest-timeout ends the process.
+The cases are those of the CPU backends (``tests/kernels/cases.py``): their tensors are made on the CPU, run on the GPU, and
+compared at home. Run all of it with: ``python -m pytest --all -m gpu tests/kernels/test_gpu.py``. A wrong count of arrivals
+hangs a kernel for ever: pytest-timeout ends the process.
 """
 
 from __future__ import annotations
