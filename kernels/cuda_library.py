@@ -137,18 +137,21 @@ class Library:
         """One call a block. A single block over all rows is the result itself, others are merged in float32."""
         work = self._blocks(bands)
         whole = len(work) == 1 and state is None and (work[0].rows.start, work[0].rows.stop) == (0, q.shape[0])
-        if state is None and not whole:
-            state = empty_state(q, v.shape[2])
+        found = state
+        if found is None and not whole:
+            found = empty_state(q, v.shape[2])
         for rows, keys, causal in work:
-            o, lse = self._attend(*map(_heads_first, (q[rows], k[keys], v[keys])), causal, scores.scale)
+            queries, keys_of, values = _heads_first(q[rows]), _heads_first(k[keys]), _heads_first(v[keys])
+            o, lse = self._attend(queries, keys_of, values, causal, scores.scale)
             part = State(o[0].transpose(0, 1), lse.reshape(q.shape[1], -1).T)
-            if state is None:
-                state = State(part.o if out is not None else part.o.float(), part.lse.contiguous())
+            if found is None:
+                found = State(part.o if out is not None else part.o.float(), part.lse.contiguous())
             else:
-                merge_into(state, part, rows)
+                merge_into(found, part, rows)
+        assert found is not None
         if out is not None:
-            out.copy_(state.o)
-        return state
+            out.copy_(found.o)
+        return found
 
     def backward(
         self,
@@ -167,9 +170,10 @@ class Library:
         """One call a block, added in float32."""
         for rows, keys, causal in self._blocks(bands):
             given, out = out_for_delta(dout[rows].to(q.dtype), delta[rows])
-            inputs = map(_heads_first, (given, q[rows], k[keys], v[keys], out))
+            upstream, o = _heads_first(given), _heads_first(out)
+            queries, keys_of, values = _heads_first(q[rows]), _heads_first(k[keys]), _heads_first(v[keys])
             own = _heads_first(lse[rows].masked_fill(lse[rows] == -torch.inf, torch.inf)).contiguous()
-            gradients = self._differentiate(*inputs, own, causal, scores.scale)
+            gradients = self._differentiate(upstream, queries, keys_of, values, o, own, causal, scores.scale)
             for total, gradient, part in zip((dq, dk, dv), gradients, (rows, keys, keys), strict=True):
                 total[part] += gradient[0].transpose(0, 1)
 

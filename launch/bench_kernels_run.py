@@ -62,14 +62,16 @@ def ours(case: Case, x: Inputs, name: str, finished: Finished | None) -> tuple[W
     if case.direction == "backward":
         assert finished is not None
         sums = [torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in arguments]
-        given = finished.delta, finished.lse, case.bands, case.scores
+        delta, lse = finished.delta, finished.lse
 
         def check() -> None:
             fresh = [torch.zeros_like(t) for t in sums]
-            backend.backward(x.dout, *arguments, *given, *fresh)
+            backend.backward(x.dout, x.q, x.k, x.v, delta, lse, case.bands, case.scores, fresh[0], fresh[1], fresh[2])
             check_backward(case, x, name, finished, *fresh)
 
-        return partial(backend.backward, x.dout, *arguments, *given, *sums), check
+        return partial(
+            backend.backward, x.dout, x.q, x.k, x.v, delta, lse, case.bands, case.scores, sums[0], sums[1], sums[2]
+        ), check
     if case.state:
         o = torch.randn(case.tokens, case.heads, case.d_v, device=x.q.device)
         state = State(o, torch.randn(case.tokens, case.heads, device=x.q.device) + math.log(case.tokens))
