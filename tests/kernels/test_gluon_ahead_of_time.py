@@ -55,6 +55,12 @@ def test_every_variant_is_fit_to_ship(case: Case) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("change", [{"maximum_first": True}, {"ping_pong": False}], ids=str)
+def test_launches_that_are_to_be_measured(change: dict[str, bool]) -> None:
+    assert compile_case(Case(FORWARD, 128, 128), change).violations == []
+
+
+@pytest.mark.slow
 def test_spills_are_found() -> None:
     made = compile_case(Case(FORWARD, 128, 128), {"block_k": 256, "stages": 1, "stage_out": False})
     assert made.spills_in_loops and len(made.violations) >= 2
