@@ -165,7 +165,7 @@ def measure_case(case: Case, asked: argparse.Namespace, protocol: Protocol, resu
     from distattn.launch.bench_kernels_cases import inputs
     from distattn.launch.bench_kernels_measure import in_turns
     from distattn.launch.bench_kernels_report import GEMM
-    from distattn.launch.bench_kernels_run import OURS, Finished, finish, libraries, ours
+    from distattn.launch.bench_kernels_run import OURS, Finished, Wrong, finish, libraries, ours
 
     device: torch.device = torch.device(asked.device)
     x = inputs(case, asked.dtype, device)
@@ -182,11 +182,13 @@ def measure_case(case: Case, asked: argparse.Namespace, protocol: Protocol, resu
     for name, make in makers.items():
         try:
             work, check = make()
-        except (ValueError, RuntimeError, NotImplementedError) as error:
-            results.refused.setdefault(case, {})[name] = str(error).splitlines()[0][:200]
+            check()
+            work()
+        except Wrong:
+            raise
+        except (ValueError, RuntimeError, NotImplementedError) as error:  # it cannot take the case, and says why
+            results.refused.setdefault(case, {})[name] = (str(error).splitlines() or [type(error).__name__])[0][:200]
             continue
-        check()
-        work()
         contenders[name] = work
     say(f"{case.name}: right: {', '.join(contenders) or 'nobody takes it'}")
     results.rates[case] = in_turns(device, {GEMM: gemm, **contenders}, protocol)

@@ -69,6 +69,17 @@ def test_what_is_wrong_is_not_timed(what: str, monkeypatch: pytest.MonkeyPatch, 
     assert f"{'out' if what == 'state' else what} is off by" in said
 
 
+def test_who_cannot_take_a_case_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise RuntimeError("No available kernel.\nAborting")
+
+    monkeypatch.setattr("distattn.launch.bench_kernels_run.scaled_dot_product_attention", refuse)
+    assert bench_kernels.main([*QUICK, "--only", "gqa", "--backend", "aten", "gluon"]) == 0
+    said = capsys.readouterr().out
+    assert "not measured: SDPA (library): No available kernel." in said
+    assert "not measured: gluon: " in said
+
+
 def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for words, text in (
         (["--device", "cpu"], "Pass --quick"),
