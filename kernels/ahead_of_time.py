@@ -130,9 +130,14 @@ def _figure(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def _ptxas(ptx: str, arch: int) -> tuple[int, int, bool]:
-    """(registers, bytes spilled, whether wgmma runs one by one), from the assembler that triton ships."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+def _tools() -> Path:
+    """Where triton keeps the assembler and its kin."""
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def assemble(ptx: str, arch: int) -> tuple[int, int, str]:
+    """(registers, bytes spilled, all that was said) by the assembler that triton ships."""
+    tools = _tools()
     blackwell = tools / "ptxas-blackwell"
     tool = blackwell if arch >= 100 and blackwell.exists() else tools / "ptxas"
     with tempfile.TemporaryDirectory() as folder:
@@ -141,8 +146,27 @@ def _ptxas(ptx: str, arch: int) -> tuple[int, int, bool]:
         name = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
         done = subprocess.run([tool, "-v", name, source, "-o", f"{folder}/kernel.o"], capture_output=True, text=True, check=True)
     spills = _figure(r"(\d+) bytes spill stores", done.stderr) + _figure(r"(\d+) bytes spill loads", done.stderr)
-    serialized = re.search(r"wgmma.*serializ", done.stderr) is not None
-    return _figure(r"Used (\d+) registers", done.stderr), spills, serialized
+    return _figure(r"Used (\d+) registers", done.stderr), spills, done.stderr
+
+
+def spills_in_loops(cubin: bytes) -> int:
+    """How many instructions of the innermost loops with matrix products move registers to local memory or back."""
+    with tempfile.TemporaryDirectory() as folder:
+        code = Path(folder) / "kernel.cubin"
+        code.write_bytes(cubin)
+        done = subprocess.run([_tools() / "cuobjdump", "-sass", code], capture_output=True, text=True, check=True)
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", done.stdout)
+    lines = [(int(at, 16), text) for at, text in found]
+    jumps = [(int(jump[1], 16), at) for at, text in lines if (jump := re.search(r"BRA\b.*?0x([0-9a-f]+)", text))]
+    # a barrier that is not ready yet is tried again far behind everything else, which is no loop of the kernel's
+    waits = {at + 16 for at, text in lines if "TRYWAIT" in text}
+    end = min((target for target, at in jumps if at in waits and target > at), default=1 << 62)
+    back = [(target, at) for target, at in jumps if at < end]
+    products = [at for at, text in lines if "GMMA." in text]
+    loops = [(a, b) for a, b in back if a < b and any(a <= at <= b for at in products)]
+    inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
+    moves = [at for at, text in lines if re.search(r"\b(STL|LDL)\b", text)]
+    return sum(a <= at <= b for at in moves for a, b in inner)
 
 
 def compile_case(case: Case, launch: Launch | None = None, kernel: JITFunction | None = None) -> Compiled:
@@ -162,7 +186,8 @@ def compile_case(case: Case, launch: Launch | None = None, kernel: JITFunction |
     seconds = time.perf_counter() - began
     if target.backend == "cuda":
         ptx = made.asm["ptx"]
-        registers, spills, serialized = _ptxas(ptx, target.arch)
+        registers, spills, said = assemble(ptx, target.arch)
+        serialized = re.search(r"wgmma.*serializ", said) is not None
         products = [line for line in ptx.splitlines() if "mma" in line]
         wgmma, mma = ptx.count("wgmma.mma_async"), ptx.count("mma.sync.aligned") + ptx.count("tcgen05.mma")
         tf32 = any("tf32" in line for line in products)

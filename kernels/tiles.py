@@ -31,6 +31,21 @@ class DeviceTable(NamedTuple):
     entries: torch.Tensor
 
 
+def upload(kept: dict[torch.device, list[torch.Tensor]], parts: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """Flat int32 arrays on ``device``, from ``kept`` where they were uploaded before. The upload blocks: any stream may read."""
+    views = kept.get(device)
+    if views is None:
+        starts = np.cumsum([0] + [-(-len(part) // 4) * 4 for part in parts])  # 16 bytes: what Triton specialises on
+        packed = np.zeros(starts[-1], np.int32)
+        for start, part in zip(starts, parts, strict=False):
+            packed[start : start + len(part)] = part
+        on_device = torch.from_numpy(packed).to(device)
+        views = kept[device] = [on_device[start : start + len(part)] for start, part in zip(starts, parts, strict=False)]
+    if device.type == "cuda":  # a table dropped from the cache must outlive the kernels that still read it
+        views[0].record_stream(torch.cuda.current_stream(device))
+    return views
+
+
 @dataclass(frozen=True, eq=False)
 class TileTable:
     """Entries of every stationary tile, in compressed rows.
@@ -48,7 +63,7 @@ class TileTable:
     ptr: np.ndarray
     entries: np.ndarray
     n_work: int
-    _devices: dict[torch.device, DeviceTable] = field(default_factory=dict, repr=False)
+    _devices: dict[torch.device, list[torch.Tensor]] = field(default_factory=dict, repr=False)
 
     @property
     def idle(self) -> np.ndarray:
@@ -57,27 +72,16 @@ class TileTable:
 
     def on(self, device: torch.device) -> DeviceTable:
         """The columns on ``device``; uploaded once (the upload blocks, so that any stream may read them afterwards)."""
-        table = self._devices.get(device)
-        if table is None:
-            parts = [self.tiles, self.ptr, self.entries.reshape(-1)]
-            starts = np.cumsum([0] + [-(-len(part) // 4) * 4 for part in parts])  # 16 bytes: what Triton specialises on
-            packed = np.zeros(starts[-1], np.int32)
-            for start, part in zip(starts, parts, strict=False):
-                packed[start : start + len(part)] = part
-            on_device = torch.from_numpy(packed).to(device)
-            views = [on_device[start : start + len(part)] for start, part in zip(starts, parts, strict=False)]
-            table = self._devices[device] = DeviceTable(*views)
-        if device.type == "cuda":  # a table dropped from the cache must outlive the kernels that still read it
-            table.tiles.record_stream(torch.cuda.current_stream(device))
-        return table
+        return DeviceTable(*upload(self._devices, [self.tiles, self.ptr, self.entries.reshape(-1)], device))
 
 
-def _split(bands: np.ndarray, row0: np.ndarray, row1: np.ndarray, whole: np.ndarray, block: int) -> np.ndarray:
+def _split(bands: np.ndarray, row0: np.ndarray, row1: np.ndarray, whole: np.ndarray, block: int, align: int) -> np.ndarray:
     """Start, masked, full and masked tiles of the columns that rows [row0, row1) of each band see, int64 [n, 4].
 
     ``whole`` says where the band covers every row of the stationary tile: only there can a streamed tile be full.
     """
     start = np.maximum(bands[:, K0], row0 + bands[:, LO])
+    start = start // align * align
     stop = np.minimum(bands[:, K1], row1 + bands[:, HI])
     common_start = np.maximum(bands[:, K0], row1 - 1 + bands[:, LO])  # columns that all rows see
     common_stop = np.minimum(bands[:, K1], row0 + bands[:, HI] + 1)
@@ -88,7 +92,7 @@ def _split(bands: np.ndarray, row0: np.ndarray, row1: np.ndarray, whole: np.ndar
     return np.stack([start, left, full, right], 1)
 
 
-def build(table: np.ndarray, n_rows: int, n_cols: int, block_rows: int, block_cols: int) -> TileTable:
+def build(table: np.ndarray, n_rows: int, n_cols: int, block_rows: int, block_cols: int, align: int = 1) -> TileTable:
     """Tile table of a bands table whose first side (columns Q0, Q1) is stationary. Costs O(entries log entries)."""
     table = drop_empty(clip(table, 0, n_rows, 0, n_cols))
     first = table[:, Q0] // block_rows
@@ -100,7 +104,7 @@ def build(table: np.ndarray, n_rows: int, n_cols: int, block_rows: int, block_co
     bands = table[band]
     row0, row1 = np.maximum(bands[:, Q0], tile * block_rows), np.minimum(bands[:, Q1], (tile + 1) * block_rows)
     whole = (row0 == tile * block_rows) & (row1 == np.minimum((tile + 1) * block_rows, n_rows))
-    runs = _split(bands, row0, row1, whole, block_cols)
+    runs = _split(bands, row0, row1, whole, block_cols, align)
 
     n_tiles = -(-n_rows // block_rows)
     entries_of = np.bincount(tile, minlength=n_tiles)
@@ -115,18 +119,19 @@ def build(table: np.ndarray, n_rows: int, n_cols: int, block_rows: int, block_co
 
 
 @lru_cache(maxsize=1024)
-def tile_table(bands: Bands, n_q: int, n_k: int, block_q: int, block_k: int, stationary: str) -> TileTable:
+def tile_table(bands: Bands, n_q: int, n_k: int, block_q: int, block_k: int, stationary: str, align: int = 1) -> TileTable:
     """The tile table of ``bands`` over ``n_q`` queries and ``n_k`` keys; equal arguments give the same object.
 
     Args:
         bands: pairs outside [0, n_q) x [0, n_k) are left out.
         block_q, block_k: rows of a query tile and of a key tile.
         stationary: ``"q"`` for tables by query tile, ``"k"`` for tables by key tile (rows are then keys, columns queries).
+        align: streamed tiles begin at multiples of it, for kernels that need that of an address.
     """
     if stationary not in ("q", "k"):
         raise ValueError(f"A tile table has stationary 'q' or 'k', found {stationary!r}. Use one of the two.")
     if max(n_q, n_k) + max(block_q, block_k) >= LIMIT:
         raise ValueError(f"Tile tables hold fewer than {LIMIT} rows, found {n_q} queries and {n_k} keys. Use more ranks.")
     if stationary == "q":
-        return build(bands.table, n_q, n_k, block_q, block_k)
-    return build(bands.transpose().table, n_k, n_q, block_k, block_q)
+        return build(bands.table, n_q, n_k, block_q, block_k, align)
+    return build(bands.transpose().table, n_k, n_q, block_k, block_q, align)

@@ -31,7 +31,9 @@ def architecture_class(backend: str, capability: int) -> str:
         return "gfx9"
     if capability in (86, 89) or capability >= 120:
         return "sm_86"  # 99 KB of shared memory a block
-    return "sm_80" if capability < 90 else "sm_90"  # 163 KB; 227 KB, also on data-centre Blackwell
+    if capability >= 100:
+        return "sm_100"  # 227 KB, sums of products in a memory of their own
+    return "sm_80" if capability < 90 else "sm_90"  # 163 KB; 227 KB
 
 
 INTERPRETED = Launch(64, 64, 4, 1)
@@ -44,7 +46,19 @@ WHOLE = {
     KEYS: {128: Launch(32, 32, 8, 2), 256: Launch(16, 32, 8, 2), 512: Launch(32, 16, 8, 2)},
     QUERIES: {128: Launch(32, 32, 8, 2), 256: Launch(32, 16, 8, 2), 512: Launch(16, 16, 8, 2)},
 }
-WHOLE_SM_90 = WHOLE | {KEYS: WHOLE[KEYS] | {512: Launch(16, 32, 16, 2)}}
+WHOLE_OF = {
+    "sm_90": WHOLE | {KEYS: WHOLE[KEYS] | {512: Launch(16, 32, 16, 2)}},
+    "sm_100": WHOLE
+    | {
+        FORWARD: WHOLE[FORWARD] | {256: Launch(32, 16, 8, 2), 384: Launch(16, 32, 8, 2)},
+        KEYS: WHOLE[KEYS] | {128: Launch(32, 32, 16, 2), 512: Launch(16, 32, 16, 2)},
+    },
+    "gfx9": WHOLE
+    | {
+        KEYS: WHOLE[KEYS] | {128: Launch(16, 32, 8, 1), 384: Launch(16, 16, 4, 1), 512: Launch(16, 16, 4, 1)},
+        QUERIES: WHOLE[QUERIES] | {384: Launch(16, 16, 8, 2), 512: Launch(16, 16, 4, 2)},
+    },
+}
 HALF = {
     "sm_80": {
         FORWARD: {128: Launch(128, 128, 8, 2), 256: Launch(128, 64, 8, 2), 512: Launch(64, 32, 8, 2)},
@@ -61,6 +75,11 @@ HALF = {
         KEYS: {128: Launch(64, 128, 8, 2), 256: Launch(64, 64, 8, 2), 384: Launch(16, 64, 8, 2), 512: Launch(32, 32, 8, 1)},
         QUERIES: {128: Launch(128, 128, 8, 2), 256: Launch(128, 64, 8, 2), 512: Launch(64, 32, 8, 2)},
     },
+    "sm_100": {
+        FORWARD: {128: Launch(128, 128, 8, 2), 256: Launch(128, 64, 8, 3), 384: Launch(128, 32, 8, 2), 512: Launch(64, 64, 8, 1)},
+        KEYS: {128: Launch(64, 128, 8, 2), 256: Launch(64, 64, 8, 1), 384: Launch(16, 64, 8, 1), 512: Launch(32, 32, 8, 1)},
+        QUERIES: {128: Launch(128, 64, 8, 2), 256: Launch(128, 64, 8, 2), 384: Launch(64, 32, 8, 1), 512: Launch(64, 32, 8, 1)},
+    },
     "gfx9": {
         FORWARD: {128: Launch(128, 64, 4, 1), 256: Launch(128, 64, 4, 1), 512: Launch(64, 32, 4, 1)},
         KEYS: {128: Launch(64, 64, 4, 1), 256: Launch(32, 64, 4, 1), 512: Launch(16, 32, 4, 1)},
@@ -73,6 +92,5 @@ def launch_parameters(architecture: str, kind: str, block_d: int, block_dv: int,
     """The row for a kernel (FORWARD, KEYS or QUERIES) at padded head sizes: the smallest that holds them."""
     if architecture == "interpreter":
         return INTERPRETED
-    whole = WHOLE_SM_90 if architecture == "sm_90" else WHOLE
-    rows = (whole if element_size == 4 else HALF[architecture])[kind]
+    rows = (WHOLE_OF.get(architecture, WHOLE) if element_size == 4 else HALF[architecture])[kind]
     return rows[min(size for size in rows if block_d + block_dv <= size)]

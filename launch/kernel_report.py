@@ -1,7 +1,8 @@
-"""What the compiler makes of the portable Triton kernels, without a GPU: registers, spills, shared memory, matrix instructions.
+"""What the compiler makes of the Triton kernels, without a GPU: registers, spills, shared memory, matrix instructions.
 
 Exits with 1 when a variant spills, does not fit into shared memory, misses wgmma on sm_90, or computes float32 in TF32.
-One variant takes 1 to 10 seconds; triton caches it.
+With --gluon the Hopper kernels, for sm_90: all their launches, which must also keep their partitions and registers.
+One variant takes 1 to 20 seconds; triton caches it.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--head", nargs="+", default=HEADS, metavar="D[:D_v]", help=f"head sizes (default: {' '.join(HEADS)})")
     parser.add_argument("--dtype", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp16", "fp32"])
-    parser.add_argument("--kernel", nargs="+", default=["forward", "key_gradient", "query_gradient"])
+    parser.add_argument(
+        "--kernel", nargs="+", default=["forward", "key_gradient", "query_gradient"], help="--gluon also knows fused_gradient"
+    )
     parser.add_argument("--softcap", action="store_true", help="the variants with a softcap")
+    parser.add_argument("--gluon", action="store_true", help="the Hopper kernels instead: all variants of --kernel and --head")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     return parser.parse_args(arguments)
 
@@ -66,6 +70,8 @@ def as_table(reports: list[Compiled]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """0 when all is well, 1 with a violation, 2 for a mistake in what was asked, which is printed."""
     asked = parse(arguments)
+    if asked.gluon:
+        return report_gluon(asked)
     try:
         from distattn.kernels.ahead_of_time import KERNELS, TARGETS, Case, compile_case
     except ImportError as error:
@@ -86,6 +92,32 @@ def main(arguments: list[str] | None = None) -> int:
     if not asked.json:
         as_table(reports)
     return 1 if any(made.violations for made in reports) else 0
+
+
+def report_gluon(asked: argparse.Namespace) -> int:
+    """One line a variant of the Hopper kernels, as soon as it is known."""
+    try:
+        from distattn.kernels.gluon_ahead_of_time import all_cases, compile_case, version
+    except ImportError as error:
+        print(f"error: the Hopper kernels need triton 3.6 or newer, found none ({error}). Install it on Linux.", file=sys.stderr)
+        return 2
+    sizes = {tuple(map(int, (head.split(":") * 2)[:2])) for head in asked.head}
+    wrong = False
+    for case in all_cases():
+        if case.kind not in asked.kernel or (case.d, case.d_v) not in sizes or case.softcap != asked.softcap:
+            continue
+        made = compile_case(case)
+        wrong |= bool(made.violations)
+        fields = dataclasses.asdict(made)
+        fields = {**fields.pop("case"), **fields, "violations": made.violations, "triton": version()}
+        if asked.json:
+            print(json.dumps(fields), flush=True)
+            continue
+        sizes_of = f"{made.registers} registers, {made.spills} bytes spilled, {made.shared} shared"
+        figures = f"{made.warps} warps, {sizes_of}, {made.wgmma} wgmma"
+        call = f" {case.call}" if case.kind == "forward" else ""
+        print(f"{case.kind} {case.d}:{case.d_v}{call}: {figures}: {'; '.join(made.violations) or 'ok'}", flush=True)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -89,10 +89,23 @@ def test_equal_bands_share_one_table_and_one_upload() -> None:
     assert tiles.tile_table(make(), 50, 50, 16, 16, "q") is table
     assert tiles.tile_table(make(), 50, 51, 16, 16, "q") is not table
     on_device = table.on(torch.device("cpu"))
-    assert table.on(torch.device("cpu")) is on_device
+    assert all(mine is theirs for mine, theirs in zip(table.on(torch.device("cpu")), on_device, strict=True))
     for mine, theirs in zip((table.tiles, table.ptr, table.entries.reshape(-1)), on_device, strict=True):
         assert theirs.dtype == torch.int32 and theirs.data_ptr() % 16 == 0
         np.testing.assert_array_equal(mine, theirs.numpy())
+
+
+@pytest.mark.parametrize("align", [1, 4, 16])
+def test_streamed_tiles_begin_where_they_may(align: int) -> None:
+    bands = Bands([Band(3, 100, 5, 77, -30, 9), Band(100, 130, 21, 99)])
+    table = tiles.tile_table(bands, 130, 99, 32, 16, "q", align)
+    entries = table.entries
+    assert (entries[:, tiles.START] % align == 0).all()
+    for row0, row1, col0, col1, low, high, start, left, full, right in entries.tolist():
+        seen = [max(col0, row0 + low), min(col1, row1 + high)]
+        assert start <= seen[0] < start + align and seen[1] <= start + 16 * (left + full + right) < seen[1] + 16
+        whole = range(start + 16 * left, start + 16 * (left + full))
+        assert all(max(col0, x + low) <= whole.start and whole.stop <= min(col1, x + high + 1) for x in range(row0, row1) if full)
 
 
 def test_refusals_say_what_to_do() -> None:

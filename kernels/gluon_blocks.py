@@ -1,0 +1,151 @@
+"""The pieces that the Hopper kernels share: work items, entries, masks, row statistics, products of split heads.
+
+Written in Gluon, which describes one warpgroup at a time and every wait by hand. An entry is a row of
+:class:`distattn.kernels.tiles.TileTable`. Tiles of shared memory have sides of powers of two, so a head of another size lies
+in two parts (96 = 64 + 32, 192 = 128 + 64): products over a head are two instructions, and nothing is padded.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+LN_2 = gl.constexpr(0.6931471805599453)
+NOTHING = gl.constexpr(-1.0e30)  # maximum of an empty row: finite, so that -inf - NOTHING and NOTHING - NOTHING are no NaN
+
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in triton 3.7
+
+
+@gluon.jit
+def load_item(SLOTS, slot):
+    """(head, first row, first entry, end of entries) of the work item in a slot of the schedule."""
+    item = SLOTS + slot * 4
+    return gl.load(item), gl.load(item + 1), gl.load(item + 2), gl.load(item + 3)
+
+
+@gluon.jit
+def load_runs(ENTRIES, index):
+    """(start, left, full, right) of an entry: where its streamed tiles begin and how many of each kind there are."""
+    entry = ENTRIES + index * 10
+    return gl.load(entry + 6), gl.load(entry + 7), gl.load(entry + 8), gl.load(entry + 9)
+
+
+@gluon.jit
+def streamed_tile(n, left, full, right):
+    """The n-th tile of an entry in order of work: the masked ones on both sides first, then the run that needs no mask."""
+    masked = gl.where(n < left, n, n + full)
+    return gl.where(n < left + right, masked, n - right)
+
+
+@gluon.jit
+def hide(x, instead: gl.constexpr, masked, rows, entry, begin, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """x [rows, WIDTH] with ``instead`` where the entry does not look; columns count from ``begin``. Two compares an element.
+
+    One branch for the whole warpgroup: full tiles pay nothing, and the limits are read where they are needed, so that no
+    registers are kept for them.
+    """
+    if masked:
+        first = gl.maximum(rows + (gl.load(entry + 4) - begin), gl.load(entry + 2) - begin)
+        last = gl.minimum(rows + (gl.load(entry + 5) - begin), gl.load(entry + 3) - 1 - begin)
+        last = gl.where((rows >= gl.load(entry)) & (rows < gl.load(entry + 1)), last, -1)
+        columns = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, layout)), 0)
+        x = gl.where((columns >= gl.expand_dims(first, 1)) & (columns <= gl.expand_dims(last, 1)), x, instead)
+    return x
+
+
+@gluon.jit
+def tanh(x):
+    """From exp2; a polynomial near 0, where 1 - 2/(e+1) cancels (the hardware's own tanh is right to 11 bits only)."""
+    square = x * x
+    small = x * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - square * (17.0 / 315.0))))
+    large = 1.0 - 2.0 / (gl.exp2(x * (2.0 * LOG2_E)) + 1.0)
+    return gl.where(square < 0.04, small, large)
+
+
+@gluon.jit
+def row_sums_of_threads(p, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    """[ROWS, WIDTH] -> [ROWS, 4]: only the part of a row's sum that stays inside of a thread; the lanes are added once a tile."""
+    t = gl.sum(gl.reshape(p, [ROWS, WIDTH // 32, 4, 4, 2]), 4)
+    return gl.sum(gl.sum(t, 2), 1)
+
+
+@gluon.jit
+def row_maxima(s, ROWS: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """[ROWS, WIDTH] -> [ROWS], inside of threads first."""
+    t = gl.max(gl.reshape(s, [ROWS, WIDTH // 32, 4, 4, 2]), 4)
+    t = gl.max(gl.max(t, 2), 1)
+    return gl.convert_layout(gl.max(t, 1), layout)
+
+
+@gluon.jit
+def product_over_head(a, a2, b, b2, zero, SPLIT: gl.constexpr):
+    """a @ b.T over a head in one or two parts, from shared memory, not awaited: one instruction group, or two."""
+    s = warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
+    if SPLIT:
+        s = warpgroup_mma(a2, b2.permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def add_products(a, b, b2, accs, SPLIT: gl.constexpr):
+    """accs + a @ b for one or two parts of columns, not awaited; ``a`` in registers, ``b`` in shared memory."""
+    if SPLIT:
+        return (warpgroup_mma(a, b, accs[0], is_async=True), warpgroup_mma(a, b2, accs[1], is_async=True))
+    else:
+        return (warpgroup_mma(a, b, accs[0], is_async=True),)
+
+
+@gluon.jit
+def await_parts(accs, OUTSTANDING: gl.constexpr, SPLIT: gl.constexpr):
+    """Sums of products once all but the last OUTSTANDING groups are done."""
+    if SPLIT:
+        return warpgroup_mma_wait(OUTSTANDING, deps=[accs[0], accs[1]])
+    else:
+        return (warpgroup_mma_wait(OUTSTANDING, deps=[accs[0]]),)
+
+
+@gluon.jit
+def spread(rows, layout: gl.constexpr):
+    """[ROWS] -> [ROWS, 1] for a tile in ``layout``."""
+    return gl.expand_dims(gl.convert_layout(rows, gl.SliceLayout(1, layout)), 1)
+
+
+@gluon.jit
+def tile_pointers(X, token, ROWS: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """Pointers [ROWS, WIDTH] to rows ``token`` elements apart; first rows, then columns, so that columns become immediates."""
+    rows = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, layout)), 1)
+    return X + rows * token + gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, layout)), 0)
+
+
+@gluon.jit
+def add_tile(X, x, token, keep, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """Adds a tile of 64 rows to what stands at X, ``keep`` [64] rows of it: 4 lanes share a sector."""
+    pointers = tile_pointers(X, token, 64, WIDTH, layout)
+    inside = spread(keep, layout)
+    gl.store(pointers, gl.load(pointers, mask=inside, other=0.0) + x, mask=inside)
+
+
+# 32 sums a thread as 8 adds of 16 bytes, each 512 bytes of a warp in one piece; all 32 elements come with one address
+_ADD = gl.constexpr(
+    "\n".join(
+        f"red.relaxed.gpu.global.add.v4.f32 [$64 + {2048 * j}], {{${32 + 4 * j}, ${33 + 4 * j}, ${34 + 4 * j}, ${35 + 4 * j}}};"
+        for j in range(8)
+    )
+)
+_ADD_OPERANDS = gl.constexpr(",".join(["=r"] * 32 + ["f"] * 32 + ["l"] * 32))
+
+
+@gluon.jit
+def add_to_scratch(x, addresses):
+    """Adds a tile [64, 64] in accumulator layout to the scratch: 16 KB as [8][128 threads][4 floats]."""
+    gl.inline_asm_elementwise(_ADD, _ADD_OPERANDS, [x, addresses], dtype=gl.int32, is_pure=False, pack=32)
+
+
+@gluon.jit
+def scratch_places(layout: gl.constexpr):
+    """[64, 64] places of 4 floats, in floats, of a tile of scratch: where :func:`add_to_scratch` of a thread begins."""
+    r = gl.arange(0, 64, gl.SliceLayout(1, layout))
+    c = gl.arange(0, 64, gl.SliceLayout(0, layout))
+    return gl.expand_dims((r // 16) * 128 + (r % 8) * 16, 1) + gl.expand_dims((c % 8) // 2 * 4, 0)

@@ -1,0 +1,203 @@
+"""Measures the attention kernels of one device: right first, then fast.
+
+Every contender's output is checked against float32 before it is timed, over NaN, at the beginning, the middle and the end of the
+sequence. Rates are sustained (at the card's power limit) and cold, contenders take turns, and the matrix product of the same
+run is the bound. Libraries run as their own users call them; ours run as the executor calls them.
+
+    python launch/bench_kernels.py                                  # all groups, on a GPU: about 15 minutes
+    python launch/bench_kernels.py --only dense gqa --json r.json --plot r.png
+    python launch/bench_kernels.py --write-table                    # what the choice of backends reads from then on
+    python launch/bench_kernels.py --set forward.maximum_first=true --only dense     # another launch of the Hopper kernels
+    python launch/bench_kernels.py --device cpu --quick             # shows that it works, its times mean nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from distattn.launch.bench_kernels_cases import Case
+    from distattn.launch.bench_kernels_measure import Protocol
+    from distattn.launch.bench_kernels_report import Results
+
+GROUPS = ("dense", "gqa", "state", "documents", "window", "short", "heads", "ranks")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser("bench_kernels.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU where there is one")
+    made.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on the CPU")
+    made.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="groups of cases (default: all)")
+    made.add_argument("--direction", nargs="+", choices=["forward", "backward"], default=["forward", "backward"])
+    made.add_argument("--backend", nargs="+", help="measure these of ours and no others")
+    made.add_argument("--no-flex", action="store_true", help="leave out flex_attention, whose compilation takes long")
+    made.add_argument("--rounds", type=int, default=3, metavar="R", help="rounds that count (default: 3)")
+    made.add_argument("--seconds", type=float, default=0.2, metavar="S", help="of sustained running a round (default: 0.2)")
+    made.add_argument("--world", type=int, default=8, metavar="P", help="ranks of the group ranks (default: 8)")
+    made.add_argument("--tokens", type=int, metavar="N", help="of the group ranks (default: 131072; with --quick 512)")
+    made.add_argument(
+        "--set", nargs="+", default=[], metavar="KIND.FIELD=VALUE", help="change the launch rows of the Hopper kernels"
+    )
+    made.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, its times mean nothing")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write all figures and samples there")
+    made.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures there, a PNG")
+    made.add_argument(
+        "--write-table", nargs="?", const="", metavar="FILE", help="write the order of backends (default: kernels/measured.json)"
+    )
+    return made
+
+
+def parse(words: list[str] | None) -> argparse.Namespace:
+    """Raises ValueError for what cannot be measured."""
+    import torch
+
+    asked = parser().parse_args(words)
+    if asked.device == "auto":
+        asked.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for, and torch sees no GPU. Pass --device cpu --quick to see that it works.")
+    if asked.device == "cpu" and not asked.quick:
+        raise ValueError("On a CPU the sizes of a GPU would take hours. Pass --quick; launch/bench_attention.py measures CPUs.")
+    if asked.device == "cpu" and asked.write_table == "":
+        raise ValueError("--write-table without a file replaces the table of a GPU with figures of a CPU. Name a FILE.")
+    for name, least in (("rounds", 1), ("world", 1)):
+        if getattr(asked, name) < least:
+            raise ValueError(f"--{name} {getattr(asked, name)} was asked for. Pass {least} or more.")
+    if not asked.seconds > 0:
+        raise ValueError(f"--seconds {asked.seconds:g} is no time to run. Pass seconds above 0.")
+    for name in ("json", "plot"):
+        path = getattr(asked, name)
+        if path and not path.absolute().parent.is_dir():
+            raise ValueError(f"--{name} {path}: there is no folder {path.absolute().parent}. Make it first.")
+    asked.dtype = getattr(torch, DTYPES[asked.dtype or ("fp32" if asked.device == "cpu" else "bf16")])
+    asked.tokens = asked.tokens or (512 if asked.quick else 131072)
+    change_rows(asked.set)
+    return asked
+
+
+def change_rows(words: list[str]) -> None:
+    """``kind.field=value`` in the launch rows of this process, at every head size; ValueError for what there is not."""
+    from distattn.kernels.gluon_launch import ROWS
+
+    for word in words:
+        kind, _, rest = word.partition(".")
+        name, _, text = rest.partition("=")
+        if kind not in ROWS or any(name not in row._fields for row in ROWS[kind].values()):
+            known = [f"{kind}.{field}" for kind, rows in ROWS.items() for field in next(iter(rows.values()))._fields]
+            raise ValueError(f"--set {word}: there is no {kind}.{name}. Use one of {', '.join(known)}.")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--set {word}: {text!r} is no number and neither true nor false.") from error
+        for size, row in ROWS[kind].items():
+            ROWS[kind][size] = row._replace(**{name: value})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 when all was right and measured, 1 when a contender computes something else, 2 for a mistake in what was asked."""
+    try:
+        asked = parse(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from distattn.kernels import measured
+    from distattn.launch.bench_kernels_report import as_json, as_order, draw, print_results, write_json
+    from distattn.launch.bench_kernels_run import Wrong
+
+    try:
+        results = measure(
+            asked, f"python launch/bench_kernels.py {' '.join(arguments if arguments is not None else sys.argv[1:])}"
+        )
+    except Wrong as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print_results(results)
+    if asked.json:
+        write_json(asked.json, as_json(results))
+    if asked.plot:
+        draw(results, asked.plot)
+    if asked.write_table is not None:
+        write_json(Path(asked.write_table) if asked.write_table else measured.TABLE, as_order(results))
+    return 0
+
+
+def measure(asked: argparse.Namespace, command: str) -> Results:
+    """All groups that were asked for."""
+    import torch
+
+    from distattn.kernels import choose
+    from distattn.launch import bench_kernels_ranks
+    from distattn.launch.bench_kernels_cases import Case, all_cases, inputs
+    from distattn.launch.bench_kernels_measure import Protocol
+    from distattn.launch.bench_kernels_report import Results, hardware
+
+    device = torch.device(asked.device)
+    protocol = Protocol(asked.rounds, asked.seconds, 0.0 if asked.quick else 0.25, 2 if asked.quick else 4)
+    size = 512 if asked.quick else 8192
+    results = Results(command, hardware(device), 2 * size**3)
+    a = torch.randn(size, size, device=device).to(asked.dtype)
+    for case in all_cases(asked.quick):
+        if case.group in asked.only and case.direction in asked.direction:
+            measure_case(case, asked, protocol, results, lambda: a @ a)
+    if "ranks" in asked.only:
+        heads = 2 if asked.quick else 16
+        case = Case("ranks", "causal", asked.tokens, heads, heads, 128, 128)
+        x = inputs(case, asked.dtype, device)
+        backend = choose(x.q, x.k, x.v, case.scores, asked.backend[0] if asked.backend else None).backend
+        say(f"{asked.world} ranks one after the other, {backend.name}")
+        results.distributed = bench_kernels_ranks.measure(case, x, backend, asked.world, protocol)
+    return results
+
+
+def measure_case(case: Case, asked: argparse.Namespace, protocol: Protocol, results: Results, gemm: Any) -> None:
+    """Makes and checks every contender of a case, then times all of them and the matrix product in turns."""
+    import torch
+
+    from distattn.kernels import choose
+    from distattn.launch.bench_kernels_cases import inputs
+    from distattn.launch.bench_kernels_measure import in_turns
+    from distattn.launch.bench_kernels_report import GEMM
+    from distattn.launch.bench_kernels_run import OURS, Finished, Wrong, finish, libraries, ours
+
+    device: torch.device = torch.device(asked.device)
+    x = inputs(case, asked.dtype, device)
+    finished: Finished | None = None
+    if case.direction == "backward":
+        finished = finish(case, x, choose(x.q, x.k, x.v, case.scores).backend)
+    makers: dict[str, Any] = {
+        name: lambda name=name: ours(case, x, name, finished) for name in asked.backend or OURS[device.type]
+    }
+    makers |= dict(libraries(case, x, finished, not asked.no_flex))
+    if case.direction == "forward":
+        makers.pop("gluon_fused", None)  # its forward is that of gluon
+    contenders = {}
+    for name, make in makers.items():
+        try:
+            work, check = make()
+            check()
+            work()
+        except Wrong:
+            raise
+        except (ValueError, RuntimeError, NotImplementedError) as error:  # it cannot take the case, and says why
+            results.refused.setdefault(case, {})[name] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            continue
+        contenders[name] = work
+    say(f"{case.name}: right: {', '.join(contenders) or 'nobody takes it'}")
+    results.rates[case] = in_turns(device, {GEMM: gemm, **contenders}, protocol)
+
+
+def say(text: str) -> None:
+    """Progress, apart from the figures."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""The kernel benchmark on a CPU: that it measures, that it refuses, and that what is wrong is not timed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from distattn.kernels.aten import Aten
+from distattn.kernels.gluon_launch import ROWS
+from distattn.kernels.measured import read
+from distattn.launch import bench_kernels
+from distattn.launch.bench_kernels_cases import GROUPS, Case, all_cases
+from distattn.launch.bench_kernels_measure import Rate
+from distattn.launch.bench_kernels_report import Results, as_order
+
+QUICK = ["--device", "cpu", "--quick", "--rounds", "1", "--seconds", "0.001"]
+
+
+def test_it_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [tmp_path / name for name in ("all.json", "all.png", "table.json")]
+    only = ["--only", "gqa", "state", "documents", "short", "ranks", "--world", "3", "--tokens", "300"]
+    assert (
+        bench_kernels.main([*QUICK, *only, "--json", str(files[0]), "--plot", str(files[1]), "--write-table", str(files[2])]) == 0
+    )
+    said = capsys.readouterr()
+    assert (
+        "right: aten, SDPA (library)" in said.err
+        and "sum of the ranks" in said.out
+        and "Made by: python launch/bench_" in said.out
+    )
+    found = json.loads(files[0].read_text())
+    who = {(row["group"], row["direction"], row["who"]) for row in found["rates"]}
+    assert {("gqa", "backward", "SDPA (library)"), ("state", "forward", "aten"), ("documents", "backward", "aten")} <= who
+    assert all(row["tflops_sustained"] > 0 for row in found["rates"])
+    assert {(row["schedule"], row["direction"]) for row in found["ranks"]} == {
+        (schedule, direction) for schedule in ("zigzag", "striped", "ring") for direction in ("forward", "backward")
+    }
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+    table = read.__wrapped__(files[2]) if "capability" in found["hardware"] else json.loads(files[2].read_text())
+    assert table["status"] == "measured" and {row["mask"] for row in table["order"]} == {"causal", "full", "other"}
+
+
+@pytest.mark.parametrize("what", ["out", "lse", "state", "dq", "dk", "dv"])
+def test_what_is_wrong_is_not_timed(what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Off(Aten):
+        def forward(self, q, k, v, bands, scores, state=None, out=None):  # type: ignore[no-untyped-def]
+            resumed = state is not None
+            made = super().forward(q, k, v, bands, scores, state, out)
+            if what == "out" and out is not None:
+                out[-1] += 0.1
+            if what == "lse":
+                made.lse[0] += 0.1
+            if what == "state" and resumed:
+                made.o[:9] += 0.1
+            return made
+
+        def backward(self, dout, q, k, v, delta, lse, bands, scores, dq, dk, dv):  # type: ignore[no-untyped-def]
+            super().backward(dout, q, k, v, delta, lse, bands, scores, dq, dk, dv)
+            if what in ("dq", "dk", "dv"):
+                {"dq": dq, "dk": dk, "dv": dv}[what][-1] += 0.1
+
+    monkeypatch.setattr("distattn.launch.bench_kernels_run.load", lambda name: Off())
+    assert bench_kernels.main([*QUICK, "--only", "state", "gqa", "--backend", "aten"]) == 1
+    said = capsys.readouterr().err
+    assert f"error: aten on {'' if what != 'state' else 'forward full 128 D128 2:2, state'}" in said
+    assert f"{'out' if what == 'state' else what} is off by" in said
+
+
+def test_who_cannot_take_a_case_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise RuntimeError("No available kernel.\nAborting")
+
+    monkeypatch.setattr("distattn.launch.bench_kernels_run.scaled_dot_product_attention", refuse)
+    assert bench_kernels.main([*QUICK, "--only", "gqa", "--backend", "aten", "gluon"]) == 0
+    said = capsys.readouterr().out
+    assert "not measured: SDPA (library): No available kernel." in said
+    assert "not measured: gluon: " in said
+
+
+def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for words, text in (
+        (["--device", "cpu"], "Pass --quick"),
+        ([*QUICK, "--write-table"], "Name a FILE"),
+        ([*QUICK, "--rounds", "0"], "Pass 1 or more"),
+        ([*QUICK, "--seconds", "0"], "above 0"),
+        ([*QUICK, "--json", str(tmp_path / "no" / "x")], "there is no folder"),
+        ([*QUICK, "--set", "forward.speed=9"], "Use one of forward.consumers"),
+        ([*QUICK, "--set", "forward.stages=many"], "is no number"),
+    ):
+        assert bench_kernels.main(words) == 2
+        assert text in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert bench_kernels.main(["--device", "cuda"]) == 2
+
+
+def test_rows_can_be_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ROWS, "forward", dict(ROWS["forward"]))
+    bench_kernels.change_rows(["forward.maximum_first=true", "forward.stages=3"])
+    assert all(row.maximum_first is True and row.stages == 3 for row in ROWS["forward"].values())  # type: ignore[attr-defined]
+
+
+def test_cases() -> None:
+    cases = all_cases()
+    assert {case.group for case in cases} == set(GROUPS) and len(set(cases)) == len(cases)
+    assert {*GROUPS, "ranks"} == set(bench_kernels.GROUPS)
+    n = 16384
+    assert Case("x", "full", n, 16, 16, 128, 128).flops == 4 * 16 * 128 * n * n
+    assert Case("x", "causal", n, 16, 16, 128, 128, "backward").flops == 10 * 16 * 128 * n * (n + 1) // 2
+    short, long = (Case("x", mask, 65536, 16, 16, 128, 128) for mask in ("short", "long"))
+    assert 0.95 < short.bands.area / long.bands.area < 1.05, "the same keys a row, so that only the length of a shard differs"
+    assert all(case.bands.overlap() is None for case in all_cases(small=True))
+
+
+def test_the_order_is_by_mean_rates_of_who_ran_everywhere() -> None:
+    results = Results("", {}, 1)
+    for n, seconds in ((1024, {"gluon": 2.0, "cudnn": 1.0, "triton": 3.0}), (2048, {"gluon": 2.0, "cudnn": 9.0})):
+        rates = {who: Rate([s], [s]) for who, s in seconds.items()} | {
+            "GEMM": Rate([1.0], [1.0]),
+            "cuDNN (library)": Rate([1.0], [1.0]),
+        }
+        results.rates[Case("dense", "full", n, 2, 2, 128, 128)] = rates
+    (row,) = as_order(results)["order"]
+    assert row["backends"] == ["gluon", "cudnn"] and row["mask"] == "full"
