@@ -110,7 +110,8 @@ def _finishing(free: list[tuple[int, int]], need: int, allowed: int) -> tuple[li
 class _Pool:
     """Work of one document (or of several short ones) that is given away."""
 
-    def __init__(self, by_keys: bool):
+    def __init__(self, group: int, by_keys: bool):
+        self.group = group
         self.strips: list = []
         self.by_keys = by_keys
 
@@ -127,9 +128,11 @@ class _Planner:
         pools, kept = self._shed()
         spare = np.maximum(self.shares - kept, 0)
         pieces: list[Piece] = []
+        self.peeled: list[Piece] = []
+        given = [strip for pool in pools for strip in pool.strips]
         for pool, chosen in self._match(pools, spare):
             pieces += carve(pool.region(), chosen, self.weights)
-        return self._table(pieces, [strip for pool in pools for strip in pool.strips])
+        return self._table(pieces + self.peeled, given)
 
     def _sources(self) -> list[Source]:
         g, c = self.groups, self.cells
@@ -157,8 +160,26 @@ class _Planner:
             for source, amount in zip(mine, amounts(mine, int(excess[rank]), wanted, self.groups), strict=True):
                 if amount:
                     strips = give(source, amount, typical, self.weights, self.groups)
-                    by_group.setdefault(source.group, _Pool(source.plain)).strips += strips
+                    by_group.setdefault(source.group, _Pool(source.group, source.plain)).strips += strips
                     kept[rank] -= sum(s.below(WHOLE) for s in strips)
+        self.held: dict[int, dict[int, int]] = {}
+        for source, rank in zip(sources, self.cells.rank.tolist()):
+            spare = int(self.shares[rank] - kept[rank])
+            if source.group not in by_group or excess[rank] >= 0:
+                continue
+            held = source.before + source.stop - source.start
+            if source.plain and source.before:
+                q, kv = self.weights.query_row, self.weights.kv_row
+                front = (source.stop - source.start) * source.before
+                keep = kv * source.before + min(2 * isqrt(q * kv * spare), q * spare // held)
+                if 2 * isqrt(q * kv * (spare + front)) * 11 // 10 < keep:
+                    by_group[source.group].strips.append(source.strip(source.start, source.before))
+                    kept[rank] -= front
+                    continue
+            d = self.held.setdefault(source.group, {})
+            d[rank] = max(d.get(rank, 0), held)
+        for pool in by_group.values():
+            pool.strips.sort(key=lambda s: s.start)
         return [by_group[g] for g in sorted(by_group)], kept
 
     def _match(self, pools: list[_Pool], spare: np.ndarray) -> list[tuple[_Pool, list[Share]]]:
@@ -171,6 +192,8 @@ class _Planner:
         matched = []
         for done, i in enumerate(order):
             need, chosen = work[i], []
+            self.tiny = 2 * self.grain + self.weights.smallest * min(regions[i].k_stop, regions[i].rows, 4096)
+            need = self._affine(pools[i], need, chosen, free, slack)
             while need > 0:
                 if not free:
                     raise ValueError("no capacity")
@@ -184,13 +207,63 @@ class _Planner:
                     slack -= waste
                     break
                 w, s = free.pop()
-                chosen.append(Share(s, min(w, need) + self.grain))
-                if w - need > 2 * self.grain:
-                    insort(free, (w - need - self.grain, s))
+                used = min(w, need) if w >= need or need - w >= self.tiny else max(need - self.tiny, 1)
+                chosen.append(Share(s, used + self.grain))
+                if w - used > self.tiny:
+                    insort(free, (w - used - self.grain, s))
                     slack -= self.grain
-                need -= w
-            matched.append((pools[i], sorted(chosen, key=lambda c: (-c.most, c.server))))
+                need -= used
+            matched.append((pools[i], sorted(chosen, key=lambda c: (-c.held, -c.most, c.server))))
         return matched
+
+    def _affine(self, pool: _Pool, need: int, chosen: list[Share], free: list[tuple[int, int]], slack: int) -> int:
+        """Servers that have some of the document's keys anyway."""
+        if not pool.by_keys or not free or need < 2 * free[-1][0]:
+            return need
+        held = self.held.get(pool.group, {})
+        q, kv = self.weights.query_row, self.weights.kv_row
+        for w, s in sorted(free, reverse=True):
+            usual = 2 * isqrt(q * kv * w)
+            if not held.get(s) or w <= 2 * self.tiny or w + self.tiny > need:
+                continue
+            if q * w // held[s] < usual * 9 // 10:
+                taken, done = self._peel(pool, held[s], w)
+                if done + 2 * self.grain > w :
+                    pool.strips = taken[1]
+                    self.peeled += [Piece(s, strip, 0, strip.reach) for strip in taken[0]]
+                    free.remove((w, s))
+                    need -= done
+                    continue
+            if kv * held[s] * 8 > usual:
+                free.remove((w, s))
+                chosen.append(Share(s, w + self.grain, held[s]))
+                need -= w
+        return need
+
+    def _peel(self, pool: _Pool, held: int, most: int) -> tuple[tuple[list[Strip], list[Strip]], int]:
+        """The last rows that see only ``held`` keys, up to ``most`` pairs: ((taken, rest), pairs)."""
+        taken, rest, done = [], [], 0
+        for s in sorted(pool.strips, key=lambda s: (-s.reach, -s.start)):
+            room, work = most - done, s.below(WHOLE)
+            if s.reach > held or room <= 0:
+                rest.append(s)
+            elif work <= room:
+                taken.append(s)
+                done += work
+            else:
+                low, high = s.start, s.stop
+                while low < high:
+                    middle = (low + high) // 2
+                    if s.part(middle, s.stop).below(WHOLE) <= room:
+                        high = middle
+                    else:
+                        low = middle + 1
+                if s.stop - low >= self.weights.smallest and low - s.start >= self.weights.smallest:
+                    taken.append(s.part(low, s.stop))
+                    done += taken[-1].below(WHOLE)
+                    s = s.part(s.start, low)
+                rest.append(s)
+        return (taken, sorted(rest, key=lambda s: s.start)), done
 
     def _table(self, pieces: list[Piece], given: list[Strip | RowStrip]) -> Assignment:
         """Columns of the pieces and of what stays at home."""

@@ -8,8 +8,12 @@ those weights, with half of the work for half of the servers (a treemap), until 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
+
+
+PATIENCE = 32  # cuts tried for each share before a region is given up
 
 
 class Strip(NamedTuple):
@@ -51,10 +55,11 @@ class Piece(NamedTuple):
 
 
 class Share(NamedTuple):
-    """At most ``most`` pairs for ``server``."""
+    """At most ``most`` pairs for ``server``, which has the first ``held`` keys of the document anyway."""
 
     server: int
     most: int
+    held: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,9 @@ class Region(NamedTuple):
     def rows(self) -> int:
         return sum(s.stop - s.start for s in self.strips)
 
-    def cut_rows(self, least: int, most: int, smallest: int) -> _Cut | None:
-        """The lower part with between ``least`` and ``most`` pairs, near the middle; None where no cut leaves whole shards."""
-        before, wanted = 0, (least + most) // 2
+    def cut_rows(self, least: int, wanted: int, most: int, smallest: int) -> _Cut | None:
+        """The lower rows with between ``least`` and ``most`` pairs, near ``wanted``; None where no cut leaves whole shards."""
+        before = 0
         for index, s in enumerate(self.strips):
             work = s.below(self.k_stop) - s.below(self.k_first)
             if before + work >= wanted:
@@ -116,20 +121,24 @@ class Region(NamedTuple):
         return None
 
     def _rows_for(self, s: Strip, wanted: int) -> int:
-        """The number of first rows of ``s`` that comes nearest to ``wanted`` pairs from below."""
+        """The number of first rows of ``s`` that comes nearest to ``wanted`` pairs."""
         low, high = 0, s.stop - s.start
         while low < high:
             middle = (low + high + 1) // 2
-            part = s.part(s.start, s.start + middle)
-            if part.below(self.k_stop) - part.below(self.k_first) <= wanted:
+            if self._first(s, middle) <= wanted:
                 low = middle
             else:
                 high = middle - 1
+        if low < s.stop - s.start and 2 * wanted > self._first(s, low) + self._first(s, low + 1):
+            return low + 1
         return low
 
-    def cut_keys(self, least: int, most: int, smallest: int) -> _Cut | None:
-        """The part of the first keys with between ``least`` and ``most`` pairs; None where either part is too narrow."""
-        wanted = (least + most) // 2
+    def _first(self, s: Strip, rows: int) -> int:
+        part = s.part(s.start, s.start + rows)
+        return part.below(self.k_stop) - part.below(self.k_first)
+
+    def cut_keys(self, least: int, wanted: int, most: int, smallest: int) -> _Cut | None:
+        """The first keys with between ``least`` and ``most`` pairs, near ``wanted``; None where either part is too narrow."""
         base = sum(s.below(self.k_first) for s in self.strips)
         low, high = self.k_first, self.k_stop
         while low < high:
@@ -138,6 +147,8 @@ class Region(NamedTuple):
                 low = middle
             else:
                 high = middle - 1
+        if low < self.k_stop and 2 * (wanted + base) > sum(s.below(low) + s.below(low + 1) for s in self.strips):
+            low += 1
         lower, upper = self._replace(k_stop=low), self._replace(k_first=low).trimmed()
         if low - self.k_first < smallest or self.k_stop - low < smallest or not least <= lower.work <= most:
             return None
@@ -154,38 +165,58 @@ def _allowed(rows: int, count: int, smallest: int) -> list[int]:
     return sorted(places, key=lambda at: (abs(at - rows), at))
 
 
-def carve(region: Region, shares: list[Share], weights: Weights) -> Iterator[Piece]:
+def carve(region: Region, shares: list[Share], weights: Weights) -> list[Piece]:
     """One part of the region for each share, none above its ``most``.
 
+    Args:
+        shares: those that hold most keys first.
+
     Raises:
-        ValueError: no cut was found that keeps to all limits.
+        Uncut: no cut was found that keeps to all limits.
     """
+    return _carve(region, shares, weights, [PATIENCE * len(shares)])
+
+
+def _carve(region: Region, shares: list[Share], weights: Weights, patience: list[int]) -> list[Piece]:
     if len(shares) == 1:
-        assert region.work<=shares[0].most, (region.work,shares)
-        for s in region.strips:
-            if s.reach > region.k_first:
-                yield Piece(shares[0].server, s, region.k_first, min(region.k_stop, s.reach))
-        return
-    cut, at = _best_cut(region, shares, weights)
-    yield from carve(cut.lower, shares[:at], weights)
-    yield from carve(cut.upper, shares[at:], weights)
+        server, top = shares[0].server, region.k_stop
+        assert region.work <= shares[0].most
+        return [Piece(server, s, region.k_first, min(top, s.reach)) for s in region.strips if s.reach > region.k_first]
+    tall = weights.query_row * region.rows > weights.kv_row * (region.k_stop - region.k_first)
+    work, room = region.work, sum(share.most for share in shares)
+    for by_rows in (tall, not tall):
+        for lower, upper in _halves(shares, by_rows):
+            if not patience[0]:
+                raise Uncut
+            patience[0] -= 1
+            most = sum(share.most for share in lower)
+            # What is missing to full shares is needed to round later cuts: both sides keep a good part of theirs.
+            above = (room - work) * most // room
+            below = room - work - above
+            wanted = most - above
+            least = wanted - (below if len(upper) == 1 else below * 3 // 4)
+            cutter = region.cut_rows if by_rows else region.cut_keys
+            cut = cutter(max(least, 0), wanted, wanted + (above if len(lower) == 1 else above * 3 // 4), weights.smallest)
+            if cut is None:
+                continue
+            with suppress(Uncut):
+                return _carve(cut.lower, lower, weights, patience) + _carve(cut.upper, upper, weights, patience)
+    raise Uncut
 
 
-def _best_cut(region: Region, shares: list[Share], weights: Weights) -> tuple[_Cut, int]:
-    work = region.work
+def _halves(shares: list[Share], by_rows: bool) -> Iterator[tuple[list[Share], list[Share]]]:
+    """Ways to part the shares into about equal halves: by rows alike ones, by keys those that hold the first keys and others."""
+    if by_rows and len(shares) > 3:
+        yield shares[0::2], shares[1::2]
+        yield shares[1::2], shares[0::2]
     sums = [0]
     for share in shares:
         sums.append(sums[-1] + share.most)
-    tall = weights.query_row * region.rows > weights.kv_row * (region.k_stop - region.k_first)
-    places = sorted(range(1, len(shares)), key=lambda at: abs(2 * sums[at] - sums[-1]))
-    for least_rows in (weights.smallest, 1):
-        for at in places[:6]:
-            least, most = work - (sums[-1] - sums[at]), sums[at]
-            for by_rows in (tall, not tall):
-                cutter = region.cut_rows if by_rows else region.cut_keys
-                cut = cutter(max(least, 0), most, least_rows)
-                if cut is not None:
-                    STAT[least_rows]=STAT.get(least_rows,0)+1
-                    return cut, at
-    raise ValueError("no cut")
-STAT={}
+    for at in sorted(range(1, len(shares)), key=lambda at: abs(2 * sums[at] - sums[-1]))[:6]:
+        yield shares[:at], shares[at:]
+        if by_rows:
+            yield shares[at:], shares[:at]
+
+
+class Uncut(Exception):
+    """No cut keeps to all limits."""
