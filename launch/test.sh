@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Checks the sources (format, lint, types) and runs the tests. --all adds the long tier; what else is given goes to pytest:
 # bash launch/test.sh tests/kernels -k bands
+# Tests run on all cores, four at most; -n 0, -s and --pdb give one process, whose output is seen as it comes.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -18,4 +19,5 @@ fi
 )
 # One thread: tests run several processes side by side, and sums do not depend on the number of cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$venv/bin/pytest" --rootdir "$root" --config-file "$root/pyproject.toml" "$@"
+# worksteal: each process takes a stretch of neighbouring tests, so that modules seldom make their fixtures twice.
+exec "$venv/bin/pytest" --rootdir "$root" --config-file "$root/pyproject.toml" --numprocesses auto --dist worksteal "$@"

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.workers import Outcome, Pool, spawn
 
+MOST_PROCESSES = 4  # each of them starts up to four ranks of its own: some 2 GB
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="also run the long tier (tests marked slow)")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """``-n auto``, as launch/test.sh asks: the cores of this process; none beside it where output is to be seen as it comes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if cores == 1 or config.getoption("capture") == "no" else min(cores, MOST_PROCESSES)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

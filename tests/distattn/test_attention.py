@@ -529,7 +529,9 @@ def test_tensors_without_data_are_refused() -> None:
         ({"home": torch.int8}, ["home must be a floating-point dtype", "Found torch.int8"]),
         ({"home": "bfloat16"}, ["home must be a floating-point dtype", "Found 'bfloat16'"]),
         ({"cached_plans": 0}, ["cached_plans must be 1 or more", "Found 0"]),
-        ({"group": object(), "communicator": SoloCommunicator()}, ["A group and a communicator", "Pass one"]),
+        pytest.param(
+            {"group": object(), "communicator": SoloCommunicator()}, ["A group and a communicator", "Pass one"], id="both"
+        ),
     ],
     ids=str,
 )

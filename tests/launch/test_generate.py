@@ -104,7 +104,8 @@ def test_only_the_last_rows_have_logits() -> None:
     model, cp = lively(), ContextParallel()
     plan = cp.plan(causal(9))
     arguments = torch.arange(9), torch.arange(9), attend_with(cp, plan)
-    assert torch.equal(model(*arguments, rows=slice(7, 9)), model(*arguments)[7:])
+    # Not bit by bit: a product of two rows may be summed in another order than the same rows of a product of nine.
+    torch.testing.assert_close(model(*arguments, rows=slice(7, 9)), model(*arguments)[7:])
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from distattn.parallel import comm_process, watch
 from distattn.parallel.comm import Awaited
 from distattn.parallel.watch import Watch, describe, suspects
 
+INTERVAL = 0.2  # seconds between heartbeats: on a busy machine a thread must not miss three of them
 AWAITED = Awaited("backward", 3, 8, "dkv of rank 1", call=7)
 
 
@@ -61,10 +62,17 @@ def test_description_of_many_ranks_is_short_and_starts_with_the_late() -> None:
     assert lines[2].startswith("  rank 150: has left") and lines[-1].startswith("  and 167 more") and len(lines) == 35
 
 
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
 @pytest.fixture
 def pair() -> Iterator[list[Watch]]:
     store = dist.HashStore()
-    watches = [Watch(store, rank, 2, interval=0.05) for rank in range(2)]
+    watches = [Watch(store, rank, 2, INTERVAL) for rank in range(2)]
     yield watches
     for one in watches:
         one.close()
@@ -72,7 +80,7 @@ def pair() -> Iterator[list[Watch]]:
 
 def test_watch_sees_where_its_peer_is(pair: list[Watch]) -> None:
     pair[1].report(Awaited("forward", 2, 8, "kv rows [0, 512) of rank 1", call=6))
-    time.sleep(0.2)
+    until(lambda: "kv rows" in pair[0]._read()[1]["place"])
     error = pair[0].explain(AWAITED, [1], "waited 5.0 s for 64 bytes", "Timed out.")
     text = str(error)
     assert text.startswith(
@@ -107,12 +115,12 @@ class HungStore:
 def test_store_that_hangs_delays_the_error_but_does_not_hide_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "STORE_SECONDS", 0.3)
     store = HungStore()
-    lonely = Watch(store, 0, 2, interval=0.05)  # type: ignore[arg-type]
-    time.sleep(0.2)
+    lonely = Watch(store, 0, 2, INTERVAL)  # type: ignore[arg-type]
+    until(lambda: store.operations > 1)
     started = time.monotonic()
     error = lonely.explain(AWAITED, [1], "waited 5.0 s for 64 bytes", "Timed out.")
     lonely.close()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 5
     assert "Timed out.\nWhere the other ranks are is not known: the store did not answer" in str(error) and error.late == [1]
     store.free.set()
 
@@ -145,15 +153,20 @@ def test_monitor_finds_the_batch_that_the_device_waits_for(
     time.sleep(0.6)
     assert pair[0].failure is None, "the inputs of the first batch are not ready: nobody is late"
     ready[0].done = works[0].done = True
+    until(lambda: len(flights.lanes[1]) == 1)
     time.sleep(0.6)
-    assert pair[0].failure is None and len(flights.lanes[1]) == 1
+    assert pair[0].failure is None, "the inputs of the second batch are not ready either"
     ready[1].done = True
-    deadline = time.monotonic() + 5
-    while pair[0].failure is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: pair[0].failure is not None)
     assert pair[0].failure is not None and pair[0].failure.late == [1]
-    time.sleep(0.1)
-    printed = capsys.readouterr().err
+    printed = ""
+
+    def complained() -> bool:
+        nonlocal printed
+        printed += capsys.readouterr().err
+        return "waited" in printed
+
+    until(complained)
     assert printed.startswith("distattn: rank 0: backward pass 7, boundary 3 of 8 stages: dkv of rank 1: waited 0.")
     with pytest.raises(comm_process.PeerError, match="on lane 1 for a batch with ranks"):
         comm_process._NcclPending(pair[0], []).wait()
