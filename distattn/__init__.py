@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from distattn.parallel.mask import causal, chunked, documents, full, prefix_lm, sliding_window, union
     from distattn.parallel.plan import Plan
     from distattn.parallel.shape import Shape
-    from distattn.parallel.strategy import Strategy
+    from distattn.parallel.strategy import Balance, Strategy
     from distattn.parallel.verify import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Auto",
+    "Balance",
     "ContextParallel",
     "KVCache",
     "KVShard",
@@ -45,6 +46,7 @@ __all__ = [
 
 _HOME = {
     "Auto": "distattn.parallel.auto",
+    "Balance": "distattn.parallel.strategy",
     "ContextParallel": "distattn.attention",
     "KVCache": "distattn.kv_cache",
     "KVShard": "distattn.kv_cache",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from distattn.parallel.assign import Cost
+from distattn.parallel.plan import What
+from distattn.parallel.shape import Shape
 from distattn.parallel.transpose import Keep
 
 Rotate = Literal["auto", "kv", "q"]
@@ -16,8 +18,9 @@ class Balance:
     """How a disaggregation shares the work out.
 
     Args:
-        forward, backward: what pairs and rows cost in each pass; the backward plan is made for its own.
-        tolerance: the most that a rank may have above its share, as a part of it.
+        forward, backward: what rows weigh in each pass; the backward plan is made for its own.
+        tolerance: the most that a rank may have above its share, as a part of it; what cannot be reached is refused. None: 0.02
+            where that can be reached, else a little more.
         receive_rows: rows of queries and keys that a rank may receive; None: as many as it takes.
         smallest: query rows of a piece that leaves its rank, unless its document is shorter.
         speeds: of every rank, relative to each other; None: all alike.
@@ -25,10 +28,18 @@ class Balance:
 
     forward: Cost = field(default_factory=Cost)
     backward: Cost = field(default_factory=Cost)
-    tolerance: float = 0.02
+    tolerance: float | None = None
     receive_rows: int | None = None
     smallest: int = 128
-    speeds: tuple[int, ...] | None = None
+    speeds: tuple[float, ...] | None = None
+
+    @classmethod
+    def of(cls, shape: Shape, **options: Any) -> Balance:
+        """With rows weighed in bytes that travel for these heads and dtypes, in the backward pass with q, k and v sent again."""
+        weigh = lambda *whats: sum(shape.row_bytes(what) for what in whats)  # noqa: E731
+        forward = Cost(weigh(What.KV), weigh(What.Q, What.DONE), weigh(What.Q, What.OUT))
+        query = weigh(What.Q, What.DOUT, What.DQ)
+        return cls(forward, Cost(weigh(What.KV, What.DKV), query, query), **options)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from distattn.parallel import layout as layouts
-from distattn.parallel.assign import assign
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
 from distattn.parallel.plan import Plan
-from distattn.parallel.schedules.disaggregate import check_step, disaggregate
+from distattn.parallel.schedules.disaggregate import balanced, check_step, disaggregate
 from distattn.parallel.schedules.double_ring import double_ring
 from distattn.parallel.schedules.gather import gather
 from distattn.parallel.schedules.ring import query_ring, ring
@@ -79,16 +78,7 @@ def _tree(layout: Layout, mask: Mask, strategy: Strategy, rank: int | None) -> P
 
 def _disaggregate(layout: Layout, mask: Mask, strategy: Strategy, rank: int | None, backward: bool = False) -> Plan:
     check_step(layout)
-    b = strategy.balance or Balance()
-    assignment = assign(
-        layout,
-        mask,
-        cost=b.backward if backward else b.forward,
-        tolerance=b.tolerance,
-        receive_rows=b.receive_rows,
-        smallest=b.smallest,
-        speeds=b.speeds,
-    )
+    assignment = balanced(layout, mask, strategy.balance or Balance(), backward)
     return disaggregate(layout, mask, assignment, strategy.stages or 2)
 
 

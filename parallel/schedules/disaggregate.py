@@ -8,18 +8,22 @@ one travels, then the other half of its own while the last results go home.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from distattn.kernels.bands import K0, K1, Q0, Q1, areas, clip, shift
+from distattn.parallel.assign import assign
 from distattn.parallel.assignment import Assignment
 from distattn.parallel.intervals import Intervals, cut, expand, groups, union
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
 from distattn.parallel.plan import DST, HOME_LANE, OWNER, POST, RANK, SRC, STAGE, START, WHAT, Plan, What, no_kept
+from distattn.parallel.strategy import Balance
 
 LANE = 1
+TOLERANCES = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0)  # tried in turn where none is asked for
 
 
 class _Work(NamedTuple):
@@ -89,6 +93,29 @@ def disaggregate(layout: Layout, mask: Mask, assignment: Assignment, stages: int
         quiet=int(last > 0),
         pooled=True,
     )
+
+
+def balanced(layout: Layout, mask: Mask, balance: Balance, backward: bool = False) -> Assignment:
+    """The assignment that a balance asks for, for the forward or the backward pass; identical on all ranks.
+
+    Raises:
+        ValueError: a limit that cannot be met; names it.
+    """
+    options: dict[str, Any] = {"receive_rows": balance.receive_rows, "smallest": balance.smallest, "speeds": balance.speeds}
+    cost = balance.backward if backward else balance.forward
+    if balance.tolerance is not None:
+        return assign(layout, mask, cost=cost, tolerance=balance.tolerance, **options)
+    for tolerance in TOLERANCES:
+        with suppress(ValueError):
+            return assign(layout, mask, cost=cost, tolerance=tolerance, **options)
+    return at_home(layout)
+
+
+def at_home(layout: Layout) -> Assignment:
+    """Every query is computed by its owner."""
+    ranks = np.flatnonzero(layout.rows_all)
+    zero = np.zeros_like(ranks)
+    return Assignment(ranks, ranks, zero, layout.rows_all[ranks], zero, zero + layout.n_tokens)
 
 
 def check_step(layout: Layout) -> None:

@@ -15,7 +15,7 @@ from distattn.launch.bench_disaggregate import DISAGGREGATE, SLOW, TOLD, Problem
 from distattn.parallel.comm_threads import run_ranks
 
 ROOT = Path(__file__).parents[2]
-SMALL = Problem(2048, 0.6, 100, 2, 4, 2, 16, 1, 60.0)
+SMALL = Problem(2048, 0.5, 100, 2, 4, 2, 16, 1, 60.0)
 
 
 def test_all_contenders_compute_the_same_and_the_slow_rank_is_relieved(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,7 +62,7 @@ def test_mistakes_end_with_2(words: list[str], message: str, capsys: pytest.Capt
 
 def test_lengths_fill_the_batch() -> None:
     assert parse([])[0].lengths() == [4096, *[256] * 16]
-    assert SMALL.lengths() == [1229, *[100] * 8, 19]
+    assert SMALL.lengths() == [1024, *[100] * 10, 24]
 
 
 @pytest.mark.slow
