@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,8 +13,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import distattn
+from distattn.attention_steps import AttentionInProgress
 from distattn.head_exchange import ulysses_attention
 from distattn.kernels import RANKING
+from distattn.kernels.timed import Stopwatch
 from distattn.ops import HANDLES, Kernels, Session
 from distattn.ops import attention as attention_op
 from distattn.parallel.auto import Auto
@@ -23,7 +26,7 @@ from distattn.parallel.executor import Executor
 from distattn.parallel.head_split import too_few_heads
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
-from distattn.parallel.rank_plan import RankPlan, make_rank_plan
+from distattn.parallel.rank_plan import RankPlan, Recipe
 from distattn.parallel.schedules import checked_strategy
 from distattn.parallel.strategy import Strategy
 from distattn.parallel.transpose import Keep
@@ -80,6 +83,7 @@ class ContextParallel:
         timeout: seconds after which a peer that does not answer is an error.
         cached_plans: plans that stay ready, by mask.
         communicator: a ready connection instead of ``group`` (ranks as threads, say).
+        timed: count the seconds and the work of this rank's kernels, in ``stopwatch``.
 
     Raises:
         ValueError: for an unknown schedule, backend or option, or a mesh of more than one dimension.
@@ -97,6 +101,7 @@ class ContextParallel:
         timeout: float = 600.0,
         cached_plans: int = 32,
         communicator: Communicator | None = None,
+        timed: bool = False,
     ):
         if backend is not None and backend not in RANKING:
             raise ValueError(
@@ -126,8 +131,9 @@ class ContextParallel:
         self.strategy, self.home, self.pad_to_equal = strategy, home, pad_to_equal
         self.cached_plans = cached_plans
         self._executors: dict[int, Executor] = {}  # by the degree of the head exchange around their plans
-        self._plans: OrderedDict[bytes, AttentionPlan] = OrderedDict()
-        self._kernels = Kernels(backend)
+        self._plans: OrderedDict[tuple[bytes, Strategy], AttentionPlan] = OrderedDict()
+        self.stopwatch = Stopwatch() if timed else None
+        self._kernels = Kernels(backend, self.stopwatch)
 
     @property
     def rank(self) -> int:
@@ -145,18 +151,46 @@ class ContextParallel:
         """
         if not isinstance(mask, Mask):
             raise ValueError(f"plan() needs a mask, such as distattn.causal(n) or distattn.documents(lengths). Found {mask!r}.")
-        found = self._plans.get(mask.digest)
+        recipe = self.recipe(mask)
+        return self._cached(mask, recipe.strategy) or self.adopt(recipe.prepare(mask))
+
+    def recipe(self, mask: Mask) -> Recipe:
+        """What makes this rank's plans for such masks without asking other ranks: plain data, for another process or thread.
+
+        ``cp.adopt(recipe.prepare(mask, calls))`` is ``cp.plan(mask)``, with all the planning in ``prepare``.
+        """
+        strategy = self.strategy.choose(mask, self.world) if isinstance(self.strategy, Auto) else self.strategy
+        return Recipe(strategy, self.world, self.rank, self.pad_to_equal, distattn.__version__)
+
+    def adopt(self, prepared: RankPlan) -> AttentionPlan:
+        """The plan that a recipe of this object has prepared, cached. All ranks must come with the same plans in the same order.
+
+        Raises:
+            ValueError: it was prepared for another rank, world or version.
+            PlanMismatch: naming the ranks that came with something else.
+        """
+        recipe, mine = prepared.recipe, (self.world, self.rank, self.pad_to_equal, distattn.__version__)
+        if (recipe.world, recipe.rank, recipe.pad_to_equal, recipe.version) != mine:
+            raise ValueError(
+                f"Rank {self.rank} of {self.world} (pad_to_equal={self.pad_to_equal}, version {distattn.__version__}) was given "
+                f"a plan prepared by {recipe}. Prepare it with this rank's own cp.recipe(mask)."
+            )
+        found = self._cached(prepared.mask, recipe.strategy)
         if found is None:
-            strategy = self.strategy.choose(mask, self.world) if isinstance(self.strategy, Auto) else self.strategy
-            made = make_rank_plan(self.communicator, mask, strategy, self.pad_to_equal, distattn.__version__)
-            ulysses = made.schedule.ulysses
-            session = Session(made, self._executor(ulysses), self._kernels, self.home)
-            local = LocalRows(made.layout, mask, self.rank)
-            found = AttentionPlan(made, local, session, HANDLES.add(session), made.rows, ulysses)
-            self._plans[mask.digest] = found
+            prepared.agree(self.communicator)
+            ulysses = prepared.ulysses
+            session = Session(prepared, self._executor(ulysses), self._kernels, self.home)
+            local = LocalRows(prepared.layout, prepared.mask, self.rank)
+            found = AttentionPlan(prepared, local, session, HANDLES.add(session), prepared.rows, ulysses)
+            self._plans[prepared.mask.digest, recipe.strategy] = found
             while len(self._plans) > self.cached_plans:
                 self._plans.popitem(last=False)
-        self._plans.move_to_end(mask.digest)
+        return found
+
+    def _cached(self, mask: Mask, strategy: Strategy) -> AttentionPlan | None:
+        found = self._plans.get((mask.digest, strategy))
+        if found is not None:
+            self._plans.move_to_end((mask.digest, strategy))
         return found
 
     def _executor(self, ulysses: int) -> Executor:
@@ -210,6 +244,55 @@ class ContextParallel:
         Returns:
             out like q with D_v for D, in q's dtype.
         """
+        call = self._checked_call(q, k, v, plan, scale, softcap, sinks, return_lse, format, unsupported)
+        operator = ulysses_attention if plan.ulysses > 1 else attention_op
+        out, lse, *_ = operator(*call.inputs, plan.handle, call.scale, call.softcap)
+        return call.finish(out, lse)
+
+    def begin_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: AttentionPlan,
+        slot: int = 0,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+        return_lse: bool = False,
+        format: Format | None = None,
+        **unsupported: object,
+    ) -> AttentionInProgress:
+        """:meth:`attention` in three steps, for other work to stand between them: this posts what travels first, ``compute``
+        of what it returns computes, and ``collect`` returns what :meth:`attention` returns. The backward pass takes the steps in
+        reverse. All ranks take the same steps of the same calls in the same order.
+
+        Args:
+            slot: calls that are in progress together have different ones. Each has a workspace of its own, so that the memory for
+                what arrives is that of :meth:`attention` times the slots used.
+
+        Raises:
+            RuntimeError: another call is in progress in this slot.
+        """
+        if slot < 0:
+            raise ValueError(f"A slot is a number from 0 on. Found slot={slot}.")
+        call = self._checked_call(q, k, v, plan, scale, softcap, sinks, return_lse, format, unsupported)
+        return AttentionInProgress(call.inputs, plan.handle, slot, call.scale, call.softcap, call.finish)
+
+    def _checked_call(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: AttentionPlan,
+        scale: float | None,
+        softcap: float,
+        sinks: Tensor | None,
+        return_lse: bool,
+        format: Format | None,
+        unsupported: dict[str, object],
+    ) -> _Call:
+        """What the operators take, of what the user gave."""
         for name, value in unsupported.items():
             if name not in UNSUPPORTED:
                 raise TypeError(f"attention() got an unexpected keyword argument {name!r}")
@@ -233,10 +316,21 @@ class ContextParallel:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         if plan.ulysses > q.shape[1]:
             raise ValueError(f"{too_few_heads(q.shape[1], plan.ulysses)} {found}.")
-        operator = ulysses_attention if plan.ulysses > 1 else attention_op
-        out, lse, *_ = operator(q, k, v, sinks, plan.handle, float(scale), float(softcap))
-        out, lse = _unfold(out, format, batch), _unfold(lse, format, batch)
-        return (out, lse) if return_lse else out
+
+        def finish(out: Tensor, lse: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            out, lse = _unfold(out, format, batch), _unfold(lse, format, batch)
+            return (out, lse) if return_lse else out
+
+        return _Call((q, k, v, sinks), float(scale), float(softcap), finish)
+
+
+class _Call(NamedTuple):
+    """Inputs as the operators take them, and the way back to what the user asked for."""
+
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None]
+    scale: float
+    softcap: float
+    finish: Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
 
 
 def _size(group: dist.ProcessGroup | DeviceMesh | None) -> int:

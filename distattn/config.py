@@ -11,9 +11,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from distattn.parallel.strategy import Rotate, Strategy
+    from distattn.parallel.transpose import Keep
 
 SCHEDULES = ("ring", "zigzag", "striped", "double_ring", "gather", "tree", "disaggregate", "auto")
+TAKE_SPEEDS = ("disaggregate",)  # schedules that share out work by the speeds of the ranks
+SPEEDS = ("equal", "measure")
+SLOWEST = 1 / 64  # of the fastest rank; slower ones are of no use
 LAYOUTS = ("contiguous", "zigzag", "striped")
 ROTATE = ("auto", "kv", "q")
 KEEP = ("last", "all", "none")
@@ -58,6 +65,9 @@ class DataConfig:
     longest_document: int = key(0, "documents of more tokens are cut into parts of this many, each its own document; 0 does not")
     held_out: float = key(0.02, "part of the documents that is never trained on, but evaluated")
     seed: int = key(0, "of the order of the documents and of the choice of those held out")
+    workers: int = key(
+        1, "processes beside each rank that read and plan the next sequences while a step runs; 0 does it in the step"
+    )
     verify: bool = key(True, "compare the checksum of the token file before training (reads it once)")
 
 
@@ -91,12 +101,19 @@ class ParallelConfig:
     layout: str = key("", f"which rank holds which tokens: {', '.join(LAYOUTS)}; empty is the schedule's own")
     ulysses: int = key(1, "neighbouring ranks that exchange heads for tokens around the schedule")
     node_devices: int = key(0, "ranks of a sequence in one node, for double_ring and tree; 0 means all of them")
-    stages: int = key(0, "parts in which gather receives; 0 is its own choice")
+    stages: int = key(0, "parts in which gather receives and disaggregate works for others; 0 is the schedule's own choice")
     in_flight: int = key(0, "owners whose queries travel at once in a tree; 0 is its own choice")
     rotate: str = key("auto", f"what travels in the backward pass of a ring: {', '.join(ROTATE)} (auto: fewer bytes)")
     keep: str = key("last", f"received keys that stay until the backward pass: {', '.join(KEEP)}")
+    smallest: int = key(128, "query rows of a piece that disaggregate takes off its rank, unless its document is shorter")
+    tolerance: float = key(0.0, "a rank's work above its share that disaggregate may leave, 0.02 is 2%; 0 is its own choice")
+    receive_rows: int = key(0, "rows of others that a rank may receive for disaggregate; 0 is any number")
+    speeds: Any = key("equal", "of the ranks: equal, measure (over the last steps), or one number a rank, [1, 1, 0.5, 1]")
     cp: int = key(0, "ranks that share one sequence; 0 means all that dp leaves")
     dp: int = key(1, "groups of ranks with sequences of their own")
+    nano_batches: int = key(
+        1, "sequences that take each layer side by side, so that one computes while another's attention travels"
+    )
     backend: str = key("", f"attention kernel: {', '.join(BACKENDS)}; empty takes the fastest that can")
     checkpointing: str = key("none", f"what backward computes again: {', '.join(CHECKPOINTING)} (selective: all but attention)")
     compile: bool = key(False, "torch.compile each block")
@@ -272,6 +289,8 @@ def check_model(model: ModelConfig) -> None:
 def check_data(data: DataConfig) -> None:
     _at_least("data.sequence_length", data.sequence_length, 2)
     _at_least("data.longest_document", data.longest_document or 2, 2)
+    if data.workers not in (0, 1):
+        raise ValueError(f"data.workers={data.workers} must be 1, or 0 to prepare sequences in the step that needs them.")
     if not data.path:
         raise ValueError("data.path is empty: name a folder made by prepare, or a new one together with data.source=stdlib.")
     if not 0 <= data.held_out < 1:
@@ -300,6 +319,9 @@ def check_train(train: TrainConfig) -> None:
 
 
 def check_parallel(config: Config, world_size: int) -> None:
+    from distattn.parallel.cluster import load_cluster  # brings torch, which --help does not need
+    from distattn.parallel.schedules import checked_strategy
+
     parallel = config.parallel
     _one_of("parallel.schedule", parallel.schedule, SCHEDULES)
     if parallel.schedule == "auto" and not parallel.cluster:
@@ -316,7 +338,8 @@ def check_parallel(config: Config, world_size: int) -> None:
     _one_of("parallel.rotate", parallel.rotate, ROTATE)
     _one_of("parallel.keep", parallel.keep, KEEP)
     _at_least("parallel.ulysses", parallel.ulysses, 1)
-    for name in ("node_devices", "stages", "in_flight"):
+    _at_least("parallel.smallest", parallel.smallest, 1)
+    for name in ("node_devices", "stages", "in_flight", "tolerance", "receive_rows"):
         _at_least(f"parallel.{name}", getattr(parallel, name), 0)
     _one_of("parallel.backend", parallel.backend, ("", *BACKENDS))
     _one_of("parallel.checkpointing", parallel.checkpointing, CHECKPOINTING)
@@ -341,6 +364,11 @@ def check_parallel(config: Config, world_size: int) -> None:
             raise ValueError(
                 f"parallel.{name}={degree} does not divide the {cp} ranks that share a sequence. Use a divisor of {cp}."
             )
+    check_speeds(parallel, cp)
+    if parallel.schedule == "auto":
+        load_cluster(parallel.cluster).check_world(cp)
+    else:
+        checked_strategy(strategy_of(parallel), cp)
     if parallel.ulysses > config.model.heads:
         raise ValueError(
             f"parallel.ulysses={parallel.ulysses} ranks cannot share model.heads={config.model.heads} query heads. "
@@ -351,10 +379,61 @@ def check_parallel(config: Config, world_size: int) -> None:
             f"train.sequences_per_step={config.train.sequences_per_step} is not divisible by parallel.dp={parallel.dp}: every "
             f"group takes the same number of sequences. Use train.sequences_per_step={parallel.dp}."
         )
+    check_nano_batches(config)
     if config.data.sequence_length < cp:
         raise ValueError(
             f"data.sequence_length={config.data.sequence_length} tokens cannot be spread over {cp} ranks. Use longer sequences."
         )
+
+
+def check_nano_batches(config: Config) -> None:
+    parallel, sequences = config.parallel, config.train.sequences_per_step
+    _at_least("parallel.nano_batches", parallel.nano_batches, 1)
+    if sequences % (parallel.dp * parallel.nano_batches):
+        raise ValueError(
+            f"parallel.nano_batches={parallel.nano_batches} sequences take each layer side by side, but a step has "
+            f"train.sequences_per_step={sequences} for parallel.dp={parallel.dp} groups. Use a multiple of "
+            f"{parallel.dp * parallel.nano_batches} sequences (shorter ones, data.sequence_length, for the same tokens)."
+        )
+
+
+def check_speeds(parallel: ParallelConfig, cp: int) -> None:
+    speeds = parallel.speeds
+    if isinstance(speeds, str):
+        _one_of("parallel.speeds", speeds, SPEEDS)
+        return
+    if not isinstance(speeds, list) or not all(type(x) in (int, float) and 0 < x < math.inf for x in speeds):
+        raise ValueError(
+            f"parallel.speeds={speeds!r} is neither {' nor '.join(SPEEDS)} nor a list of positive numbers like [1, 1, 0.5, 1]."
+        )
+    if parallel.schedule not in TAKE_SPEEDS:
+        raise ValueError(
+            f"parallel.speeds={speeds} is of use to {', '.join(TAKE_SPEEDS)} only: {parallel.schedule} gives ranks their work "
+            "whatever their speed. Leave it out."
+        )
+    if len(speeds) != cp:
+        raise ValueError(f"parallel.speeds={speeds} has {len(speeds)} numbers for the {cp} ranks that share a sequence.")
+    if min(speeds) < SLOWEST * max(speeds):
+        raise ValueError(
+            f"parallel.speeds={speeds}: a rank of less than 1/{round(1 / SLOWEST)} of the fastest one's speed cannot take part. "
+            "Leave that rank out of the run."
+        )
+
+
+def strategy_of(parallel: ParallelConfig) -> Strategy:
+    """The strategy that the section names; not for ``schedule=auto``."""
+    from distattn.parallel.strategy import Strategy
+
+    return Strategy(
+        parallel.schedule,
+        parallel.layout or None,
+        parallel.ulysses,
+        parallel.node_devices or None,
+        parallel.stages or None,
+        parallel.in_flight or None,
+        cast("Rotate", parallel.rotate),
+        cast("Keep", parallel.keep),
+    )
 
 
 def context_ranks(config: Config, world_size: int) -> int:

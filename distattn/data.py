@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distattn.config import Config
 from distattn.loss import IGNORED
 
 FORMAT = 1
@@ -301,3 +302,13 @@ class _Epoch(NamedTuple):
     """the same in the epoch, and the end of the last"""
     shuffled: np.ndarray
     """the order of the sequences"""
+
+
+def make_packers(config: Config) -> tuple[Packer, Packer | None]:
+    """Sequences to train on, and held-out ones (None where nothing is held out)."""
+    data = config.data
+    file = open_tokens(data.path, verify=False)  # launch/train.py has verified it, once a machine
+    file.check_vocabulary(config.model.vocab_size)
+    training, held_out = split(file.meta["documents"], data.held_out, data.seed)
+    options = (data.sequence_length, data.seed, data.longest_document)
+    return Packer(file, training, *options), Packer(file, held_out, *options) if len(held_out) else None

@@ -19,6 +19,7 @@ from distattn.parallel.exchange import HeadExchange
 from distattn.parallel.program import Program
 from distattn.parallel.rank_plan import agree
 from distattn.parallel.shape import Shape
+from distattn.parallel.steps import Steps, inside, run
 
 
 def _group(session: Session) -> GroupView:
@@ -52,22 +53,65 @@ def _programs(session: Session, exchange: HeadExchange, scores: Scores, sinks: b
     return session.plan.programs(exchange.inner_shapes[exchange.part], scores, sinks, _group(session))
 
 
+def forward_steps(
+    session: Session, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores, slot: int = 0
+) -> Steps[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """(out, lse, kept bytes, arrived bytes, the slice's lse) in the three steps of ``steps.py``: one exchange, all of the
+    attention of the slice, the other exchange."""
+    shape = call_shape(session, (q.shape[1], k.shape[1]), (q.shape[2], v.shape[2]), q.dtype, sinks)
+    exchange = _exchange(session, shape, scores, sinks is not None)
+    executor, everyone = session.executor, _group(session).parent
+    call = executor.next_call()
+    arrived = yield from exchange.send_inputs(everyone, q, k, v, call)
+    inner = exchange.inputs(arrived)
+    program, _ = _programs(session, exchange, scores, sinks is not None)
+    part = None if sinks is None else sinks[exchange.mine.start : exchange.mine.stop]
+    backend = session.kernels(*inner, scores)
+    out, lse, kept = yield from inside(executor.forward_steps(program, backend, *inner, scores, part, slot))
+    rows = yield from exchange.return_outputs(everyone, out, lse, call)
+    return *rows, kept, arrived, lse.reshape(-1)
+
+
+def backward_steps(
+    session: Session,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    sinks: Tensor | None,
+    out: Tensor,
+    kept: Tensor,
+    arrived: Tensor,
+    lse: Tensor,
+    kv_heads: int,
+    d: int,
+    scores: Scores,
+    slot: int = 0,
+) -> Steps[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Gradients of the local q, k, v and of the sinks in the three steps; ``lse`` is the slice's."""
+    shape = call_shape(session, (out.shape[1], kv_heads), (d, out.shape[2]), out.dtype, sinks)
+    exchange = _exchange(session, shape, scores, sinks is not None)
+    executor, everyone = session.executor, _group(session).parent
+    call = executor.next_call()
+    # delta needs a row's out, which its owner has; the slice needs neither out nor the gradient of lse.
+    dout, delta = yield from exchange.send_upstream(everyone, *upstream(dout, dlse, out), call)
+    inner = exchange.inputs(arrived)
+    lse = lse.view(exchange.inner_rows, exchange.mine.heads)
+    _, program = _programs(session, exchange, scores, sinks is not None)
+    backend = session.kernels(*inner, scores)
+    sums = yield from inside(executor.backward_steps(program, backend, dout, *inner, delta, lse, kept, scores, slot))
+    gradients = yield from exchange.return_gradients(everyone, *sums, call)
+    if sinks is None:
+        return *gradients, out.new_empty(0)
+    dsinks, mine = torch.zeros_like(sinks), slice(exchange.mine.start, exchange.mine.stop)
+    dsinks[mine] = sinks_gradient(sinks[mine], lse, delta)
+    return *gradients, dsinks
+
+
 @torch.library.custom_op("distattn::ulysses_attention", mutates_args=())
 def ulysses_attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, handle: int, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Local rows in; out: (out, lse) of local rows, and for the backward pass kept bytes, arrived bytes and the slice's lse."""
-    session = HANDLES[handle]
-    scores = Scores(scale, softcap)
-    shape = call_shape(session, (q.shape[1], k.shape[1]), (q.shape[2], v.shape[2]), q.dtype, sinks)
-    exchange = _exchange(session, shape, scores, sinks is not None)
-    executor, everyone = session.executor, _group(session).parent
-    arrived = exchange.send_inputs(everyone, q, k, v, executor.calls + 1)
-    inner = exchange.inputs(arrived)
-    program, _ = _programs(session, exchange, scores, sinks is not None)
-    part = None if sinks is None else sinks[exchange.mine.start : exchange.mine.stop]
-    out, lse, kept = executor.forward(program, session.kernels(*inner, scores), *inner, scores, part)
-    return *exchange.return_outputs(everyone, out, lse, executor.calls), kept, arrived, lse.reshape(-1)
+    return run(forward_steps(HANDLES[handle], q, k, v, sinks, Scores(scale, softcap)))
 
 
 @ulysses_attention.register_fake
@@ -96,23 +140,8 @@ def ulysses_attention_backward(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the local q, k and v, and of the sinks (of the slice's heads and its group's rows; empty without sinks)."""
-    session = HANDLES[handle]
-    scores = Scores(scale, softcap)
-    shape = call_shape(session, (out.shape[1], kv_heads), (d, out.shape[2]), out.dtype, sinks)
-    exchange = _exchange(session, shape, scores, sinks is not None)
-    executor, everyone = session.executor, _group(session).parent
-    # delta needs a row's out, which its owner has; the slice needs neither out nor the gradient of lse.
-    dout, delta = exchange.send_upstream(everyone, *upstream(dout, dlse, out), executor.calls + 1)
-    inner = exchange.inputs(arrived)
-    lse = lse.view(exchange.inner_rows, exchange.mine.heads)
-    _, program = _programs(session, exchange, scores, sinks is not None)
-    sums = executor.backward(program, session.kernels(*inner, scores), dout, *inner, delta, lse, kept, scores)
-    gradients = exchange.return_gradients(everyone, *sums, executor.calls)
-    if sinks is None:
-        return *gradients, out.new_empty(0)
-    dsinks, mine = torch.zeros_like(sinks), slice(exchange.mine.start, exchange.mine.stop)
-    dsinks[mine] = sinks_gradient(sinks[mine], lse, delta)
-    return *gradients, dsinks
+    saved = sinks, out, kept, arrived, lse
+    return run(backward_steps(HANDLES[handle], dout, dlse, *saved, kv_heads, d, Scores(scale, softcap)))
 
 
 @ulysses_attention_backward.register_fake

@@ -33,6 +33,8 @@ class Metrics:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self._board is not None:
             for name, value in values.items():
+                if isinstance(value, list):  # one number a rank
+                    continue
                 self._board.add_scalar(name, value, step)
             self._board.flush()
 
@@ -90,11 +92,11 @@ def peak_memory(device: torch.device) -> int:
     return largest if sys.platform == "darwin" else largest * 1024
 
 
-def progress_line(step: int, steps: int, values: dict[str, Any], seconds_left: float) -> str:
+def progress_line(step: int, steps: int, values: dict[str, Any], seconds_left: float, plan: str = "") -> str:
     return (
         f"step {step:>{len(str(steps))}}/{steps}  loss {values['loss']:.4f}  rate {values['learning_rate']:.1e}  "
         f"gradient {values['gradient_norm']:.2f}  {values['tokens_per_second']:>7,.0f} tokens/s  "
-        f"{values['memory_bytes'] / 2**30:.2f} GiB  ETA {duration(seconds_left)}"
+        f"{values['memory_bytes'] / 2**30:.2f} GiB  {plan and plan + '  '}ETA {duration(seconds_left)}"
     )
 
 

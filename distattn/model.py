@@ -3,13 +3,17 @@
 Shapes: T tokens (of one packed sequence, or the rows of it that this rank holds), C model width, H query heads,
 G key heads, D head width, V vocabulary. There is no batch dimension: documents are packed one after another, and
 ``attend`` knows where they begin. All that parallelism changes is what ``tokens``, ``positions`` and ``attend`` are.
+
+``together`` walks several sequences through the layers side by side: while the attention of one waits for other ranks, the dense
+part of another is computed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +23,27 @@ from distattn.loss import cross_entropy_sum
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [T, H, D], k [T, G, D], v [T, G, D]) -> [T, H, D], with the mask and the scale inside."""
+
+
+class InProgress(Protocol):
+    """Attention that has begun: ``compute`` once, with others in turns, then ``collect`` once, for the result [T, H, D]."""
+
+    def compute(self, *others: Any) -> None: ...
+
+    def collect(self) -> Tensor: ...
+
+
+Begin = Callable[[Tensor, Tensor, Tensor], InProgress]
+"""What ``Attend`` is, in three steps."""
+
+
+class NanoBatch(NamedTuple):
+    """A sequence that walks together with others: tokens, positions, labels int64 [T], and its attention."""
+
+    tokens: Tensor
+    positions: Tensor
+    labels: Tensor
+    begin: Begin
 
 
 def rotary_angles(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -48,11 +73,12 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.dim, self.kv_heads * self.width, bias=False)
         self.output = nn.Linear(self.heads * self.width, config.dim, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def inputs(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q = rotate(self.query(x).unflatten(-1, (self.heads, self.width)), cos, sin)
         k = rotate(self.key(x).unflatten(-1, (self.kv_heads, self.width)), cos, sin)
-        v = self.value(x).unflatten(-1, (self.kv_heads, self.width))
-        out = attend(q, k, v)
+        return q, k, self.value(x).unflatten(-1, (self.kv_heads, self.width))
+
+    def outputs(self, out: Tensor) -> Tensor:
         if self.zero:  # multiplied, not skipped: the control does the same work and every parameter has a gradient
             out = out * 0
         return self.output(out.flatten(-2))
@@ -78,8 +104,25 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
+        return self.after(x, attend(*self.before(x, cos, sin)))
+
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v."""
+        return self.attention.inputs(self.attention_norm(x), cos, sin)
+
+    def after(self, x: Tensor, out: Tensor) -> Tensor:
+        """The rest of the layer, from what attention returned."""
+        x = x + self.attention.outputs(out)
         return x + self.mlp(self.mlp_norm(x))
+
+    def together(
+        self, xs: Sequence[Tensor], angles: Sequence[tuple[Tensor, Tensor]], begins: Sequence[Begin]
+    ) -> tuple[Tensor, ...]:
+        """:meth:`forward` of several sequences. What one sends travels while another computes, there and back; the backward
+        pass is the same in reverse."""
+        attentions = [begin(*self.before(x, *angle)) for x, angle, begin in zip(xs, angles, begins, strict=True)]
+        attentions[0].compute(*attentions[1:])
+        return tuple(self.after(x, attention.collect()) for x, attention in zip(xs, attentions, strict=True))
 
 
 class Decoder(nn.Module):
@@ -104,14 +147,29 @@ class Decoder(nn.Module):
         the logits of these rows only: of a long prompt nobody needs more than the last.
         """
         x = self.embedding(tokens)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        cos, sin = rotary_angles(positions, self.config.head_width, self.config.rope_theta, wide)
+        cos, sin = self._angles(positions, x.dtype)
         for block in self.blocks:
             x = block(x, cos, sin, attend)
-        x = self.norm(x)
         if labels is None:
+            x = self.norm(x)
             return self.head(x if rows is None else x[rows])
-        return cross_entropy_sum(x, self.head.weight, labels, self.loss_rows, self.fused_loss)
+        return self._loss(x, labels)
+
+    def together(self, batches: Sequence[NanoBatch]) -> Tensor:
+        """The SUM of the cross entropies of several sequences, which take each layer side by side."""
+        xs: tuple[Tensor, ...] = tuple(self.embedding(batch.tokens) for batch in batches)
+        angles = [self._angles(batch.positions, x.dtype) for batch, x in zip(batches, xs, strict=True)]
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            xs = block.together(xs, angles, [batch.begin for batch in batches])
+        return torch.stack([self._loss(x, batch.labels) for x, batch in zip(xs, batches, strict=True)]).sum()
+
+    def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return rotary_angles(positions, self.config.head_width, self.config.rope_theta, wide)
+
+    def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy_sum(self.norm(x), self.head.weight, labels, self.loss_rows, self.fused_loss)
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:

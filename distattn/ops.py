@@ -10,7 +10,7 @@ import itertools
 import logging
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -19,27 +19,32 @@ from torch import Tensor
 
 from distattn.kernels import Choice, choose
 from distattn.kernels.contract import Backend, Scores, accumulate_dtype
+from distattn.kernels.timed import Stopwatch, Timed
 from distattn.parallel.exchange import HeadExchange
 from distattn.parallel.executor import Executor
 from distattn.parallel.program import Program
 from distattn.parallel.rank_plan import RankPlan
 from distattn.parallel.shape import Shape
+from distattn.parallel.steps import Steps, run
 
 logger = logging.getLogger(__name__)
 
 
 class Kernels:
-    """Which backend runs which kind of call, chosen once per kind and said once to the log."""
+    """Which backend runs which kind of call, chosen once per kind and said once to the log; timed where there is a stopwatch."""
 
-    def __init__(self, prefer: str | None = None):
-        self.prefer = prefer
+    def __init__(self, prefer: str | None = None, stopwatch: Stopwatch | None = None):
+        self.prefer, self.stopwatch = prefer, stopwatch
         self.chosen: dict[str, Choice] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Backend:
         kind = f"{q.dtype} on {q.device.type}, head sizes {q.shape[2]} and {v.shape[2]}"
         chosen = self.chosen.get(kind)
         if chosen is None or chosen.backend.reject(q, k, v, scores) is not None:  # a scale or a stride may be refused later
-            choice = self.chosen[kind] = choose(q, k, v, scores, self.prefer)
+            choice = choose(q, k, v, scores, self.prefer)
+            if self.stopwatch is not None:
+                choice = replace(choice, backend=Timed(choice.backend, self.stopwatch))
+            self.chosen[kind] = choice
             slow = choice.backend.name == "reference" and self.prefer is None
             reasons = "".join(f"; not {r}" for r in choice.reasons)
             logger.log(
@@ -115,15 +120,43 @@ def _programs(session: Session, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor |
     return session.plan.programs(shape, scores, sinks is not None, session.executor.communicator)
 
 
+def forward_steps(
+    session: Session, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores, slot: int = 0
+) -> Steps[tuple[Tensor, Tensor, Tensor]]:
+    """(out, lse, kept bytes), in the three steps of ``steps.py``."""
+    program, _ = _programs(session, q, k, v, sinks, scores)
+    return session.executor.forward_steps(program, session.kernels(q, k, v, scores), q, k, v, scores, sinks, slot)
+
+
+def backward_steps(
+    session: Session,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    scores: Scores,
+    slot: int = 0,
+) -> Steps[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Gradients of q, k, v and of the sinks, in the three steps."""
+    _, program = _programs(session, q, k, v, sinks, scores)
+    dout, delta = upstream(dout, dlse, out)
+    backend = session.kernels(q, k, v, scores)
+    dq, dk, dv = yield from session.executor.backward_steps(program, backend, dout, q, k, v, delta, lse, kept, scores, slot)
+    dsinks = q.new_empty(0) if sinks is None else sinks_gradient(sinks, lse, delta)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
+
+
 @torch.library.custom_op("distattn::attention", mutates_args=())
 def attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, handle: int, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Local rows in, (out, lse, kept bytes) of local rows out. See :class:`distattn.ContextParallel`."""
-    session = HANDLES[handle]
-    scores = Scores(scale, softcap)
-    program, _ = _programs(session, q, k, v, sinks, scores)
-    return session.executor.forward(program, session.kernels(q, k, v, scores), q, k, v, scores, sinks)
+    return run(forward_steps(HANDLES[handle], q, k, v, sinks, Scores(scale, softcap)))
 
 
 @attention.register_fake
@@ -165,13 +198,7 @@ def attention_backward(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the sinks (of this rank's rows; empty without sinks)."""
-    session = HANDLES[handle]
-    scores = Scores(scale, softcap)
-    _, program = _programs(session, q, k, v, sinks, scores)
-    dout, delta = upstream(dout, dlse, out)
-    dq, dk, dv = session.executor.backward(program, session.kernels(q, k, v, scores), dout, q, k, v, delta, lse, kept, scores)
-    dsinks = q.new_empty(0) if sinks is None else sinks_gradient(sinks, lse, delta)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
+    return run(backward_steps(HANDLES[handle], dout, dlse, q, k, v, sinks, out, lse, kept, Scores(scale, softcap)))
 
 
 @attention_backward.register_fake
@@ -195,7 +222,10 @@ def _backward(ctx, dout, dlse, _):
 attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-SAVED = ("distattn.attention.default", "distattn.ulysses_attention.default")
+SAVED = {
+    f"distattn.{name}.default"
+    for name in ("attention", "ulysses_attention", "attention_begin", "attention_compute", "attention_collect")
+}
 
 
 def save_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> torch.utils.checkpoint.CheckpointPolicy:

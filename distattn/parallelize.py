@@ -13,24 +13,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from distattn.attention import AttentionPlan, ContextParallel
-from distattn.config import Config, ParallelConfig, context_ranks
-from distattn.model import Attend, Decoder, initial_value
+from distattn.config import Config, ParallelConfig, context_ranks, strategy_of
+from distattn.kernels.contract import Scores
+from distattn.model import Attend, Begin, Block, Decoder, initial_value
 from distattn.ops import save_attention
 from distattn.parallel.auto import Auto
 from distattn.parallel.cluster import load_cluster
+from distattn.parallel.rank_plan import Call
 from distattn.parallel.shape import Shape
-from distattn.parallel.strategy import Rotate, Strategy
+from distattn.parallel.strategy import Balance, Strategy
 from distattn.parallel.transpose import Keep
 
 
@@ -71,32 +73,42 @@ def context_parallel(config: Config, world: World) -> ContextParallel:
     group = None if world.mesh is None else world.mesh["cp"]
     schedule: Strategy | Auto
     if parallel.schedule == "auto":
-        model, width = config.model, config.model.head_width
-        shape = Shape(model.heads, model.kv_heads, width, width, _attention_dtype(config, world))
-        schedule = Auto(shape, load_cluster(parallel.cluster), keep=cast(Keep, parallel.keep))
+        schedule = Auto(attention_call(config, world).shape, load_cluster(parallel.cluster), keep=cast(Keep, parallel.keep))
     else:
-        schedule = Strategy(
-            parallel.schedule,
-            parallel.layout or None,
-            parallel.ulysses,
-            parallel.node_devices or None,
-            parallel.stages or None,
-            parallel.in_flight or None,
-            cast(Rotate, parallel.rotate),
-            cast(Keep, parallel.keep),
-        )
-    return ContextParallel(group, schedule, backend=parallel.backend or None, timeout=parallel.timeout)
+        schedule = strategy_of(parallel)
+        if parallel.schedule == "disaggregate":
+            schedule = replace(schedule, balance=balance_of(config, world))
+    timed = parallel.speeds == "measure"
+    return ContextParallel(group, schedule, backend=parallel.backend or None, timeout=parallel.timeout, timed=timed)
 
 
-def _attention_dtype(config: Config, world: World) -> torch.dtype:
-    """What queries and keys come in."""
+def balance_of(config: Config, world: World) -> Balance:
+    """How a disaggregation shares out the work of the model's attention."""
+    parallel = config.parallel
+    return Balance.of(
+        attention_call(config, world).shape,
+        tolerance=parallel.tolerance or None,
+        receive_rows=parallel.receive_rows or None,
+        smallest=parallel.smallest,
+    )
+
+
+def attention_call(config: Config, world: World) -> Call:
+    """How the model calls attention."""
     autocast = world.device.type == "cuda" and config.train.autocast
-    return torch.bfloat16 if autocast else cast(torch.dtype, getattr(torch, config.model.dtype))
+    dtype = torch.bfloat16 if autocast else cast(torch.dtype, getattr(torch, config.model.dtype))
+    model, width = config.model, config.model.head_width
+    return Call(Shape(model.heads, model.kv_heads, width, width, dtype), Scores(width**-0.5))
 
 
 def attend_with(cp: ContextParallel, plan: AttentionPlan) -> Attend:
     """What the model attends with: its local queries over all keys that ``plan`` shows them."""
     return cast(Attend, functools.partial(cp.attention, plan=plan))
+
+
+def begin_with(cp: ContextParallel, plan: AttentionPlan, slot: int) -> Begin:
+    """The same in steps, beside the attention of other sequences in other slots."""
+    return cast(Begin, functools.partial(cp.begin_attention, plan=plan, slot=slot))
 
 
 def parallelize(config: Config, world: World) -> Decoder:
@@ -106,11 +118,11 @@ def parallelize(config: Config, world: World) -> Decoder:
     """
     with torch.device("meta"):
         model = Decoder(config.model, config.train.loss_rows, config.train.fused_loss).to(getattr(torch, config.model.dtype))
-    for number, block in enumerate(model.blocks):
+    for number, block in enumerate(cast("list[Block]", model.blocks)):
         fill(block, f"blocks.{number}.", config)
         recompute(block, config.parallel)
         if config.parallel.compile:
-            block.compile(fullgraph=True)
+            compile_block(block, config.parallel)
         shard(block, config.parallel, world)
     for name in ("embedding", "norm", "head"):
         fill(getattr(model, name), f"{name}.", config)
@@ -128,18 +140,28 @@ def fill(module: nn.Module, prefix: str, config: Config) -> None:
             parameter.copy_(initial_value(prefix + name, parameter.shape, config.model, config.train.seed))
 
 
-def recompute(block: nn.Module, parallel: ParallelConfig) -> None:
+def recompute(block: Block, parallel: ParallelConfig) -> None:
     """Backward computes the block again: all of it, or (selective) all but attention and its communication."""
     if parallel.checkpointing == "none":
         return
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in a block is random
     if parallel.checkpointing == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, save_attention)
-    block.forward = _checkpointed(block.forward, options)
+    block.forward = _checkpointed(block.forward, options)  # type: ignore[method-assign]
+    block.together = _checkpointed(block.together, options)  # type: ignore[method-assign]
 
 
-def _checkpointed(forward: Callable[..., Tensor], options: dict[str, Any]) -> Callable[..., Tensor]:
+def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
     return lambda *arguments: checkpoint(forward, *arguments, **options)
+
+
+def compile_block(block: Block, parallel: ParallelConfig) -> None:
+    """The block as one graph; with nano-batches its dense parts, as a graph cannot see the order of what stands between."""
+    if parallel.nano_batches == 1:
+        block.compile(fullgraph=True)
+        return
+    block.before = torch.compile(block.before, fullgraph=True)  # type: ignore[method-assign]
+    block.after = torch.compile(block.after, fullgraph=True)  # type: ignore[method-assign]
 
 
 def shard(module: nn.Module, parallel: ParallelConfig, world: World) -> None:
@@ -151,3 +173,4 @@ def shard(module: nn.Module, parallel: ParallelConfig, world: World) -> None:
     # Inputs are not cast: the cos and sin of the rotary positions would lose their last 16 bits.
     policy = MixedPrecisionPolicy(param_dtype=gather, reduce_dtype=torch.float32 if gather else None, cast_forward_inputs=False)
     fully_shard(module, mesh=world.flat, mp_policy=policy)
+    register_fsdp_forward_method(module, "together")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,16 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-import distattn
+from distattn.attention import AttentionPlan, ContextParallel
 from distattn.checkpoint import Checkpoints, read_progress
-from distattn.config import Config, TrainConfig
-from distattn.data import Packer, open_tokens, split
+from distattn.config import TAKE_SPEEDS, Config, TrainConfig
+from distattn.data import make_packers
 from distattn.metrics import Metrics, Pace, peak_memory, plot, progress_line
-from distattn.model import Decoder
-from distattn.parallelize import World, attend_with, context_parallel, parallelize
+from distattn.model import Decoder, NanoBatch
+from distattn.parallel.mask import documents
+from distattn.parallelize import World, attend_with, attention_call, begin_with, context_parallel, parallelize
+from distattn.prefetch import Job, Prefetch, Prepared, Source, Spent
+from distattn.speeds import UNIT, Speeds, gather, given
 
 
 @dataclass(frozen=True)
@@ -39,20 +45,33 @@ class Trainer:
         self.config, self.world = config, world
         self.out = Path(config.out)
         self.step, self.next_sequence = 0, 0
-        self.packer, self.held_out = make_packers(config)
         self.cp = context_parallel(config, world)
+        self.source = make_source(config, world, self.cp)
+        self.packer, self.held_out = self.source.packers
         self.model = parallelize(config, world)
         self.optimizer = make_optimizer(self.model, config.train)
         self.checkpoints = Checkpoints(self.out / "checkpoints", config.checkpoint.keep)
         self.saved = self._resume()
+        workers = config.data.workers if self.step < config.train.steps else 0
+        self.prefetch = Prefetch(self.source, workers, config.parallel.timeout)
+        self.speeds = Speeds(self.cp.world) if config.parallel.speeds == "measure" else None
+        if isinstance(config.parallel.speeds, list):
+            self.prefetch.speeds = given(config.parallel.speeds)
+        self.ahead: Iterator[Job] = iter(())
         self.metrics = Metrics(self.out, self.step, config.train.tensorboard) if world.rank == 0 else None
         self.pace = Pace(self.step)
 
     def train(self) -> Result:
         """Takes the steps that are left, then evaluates, saves and draws."""
+        with contextlib.closing(self.prefetch):
+            return self._train()
+
+    def _train(self) -> Result:
         train, every = self.config.train, self.config.checkpoint.every
         if self.step >= train.steps:
             self.say(f"{self.out} already holds a run of {self.step} steps. Set another out= to train a new one.")
+        self.ahead = self._jobs()
+        self._ask_next()
         held_out_loss = None
         while self.step < train.steps:
             loss, norm = self.take_step()
@@ -60,7 +79,7 @@ class Trainer:
             if last or self.step % train.log_every == 0:
                 self._report(loss, norm)
             with self.pace.paused():
-                if last or (train.eval_every and self.step % train.eval_every == 0):
+                if self._evaluates_after(self.step):
                     held_out_loss = self._report_evaluation()
                 if last or (every and self.step % every == 0):
                     self._refuse_not_finite(loss, norm)  # checkpoints of a run that is lost would displace those from before
@@ -70,11 +89,13 @@ class Trainer:
     def take_step(self) -> tuple[Tensor, Tensor]:
         """One optimizer step. Returns the loss (mean over all labels of the step) and the norm of the gradient."""
         train, world = self.config.train, self.world
-        numbers = range(self.next_sequence, self.next_sequence + train.sequences_per_step)
-        labels = max(1, sum(self.packer.sequence(number).labels for number in numbers))
+        job = self._training_job(self.next_sequence)
+        labels, sequences = self._open(job)
+        labels = max(1, labels)
         total = torch.zeros((), dtype=torch.float64, device=world.device)
-        for number in numbers[world.dp_rank :: world.dp]:
-            loss = self.loss_sum(self.packer, number)
+        together = self.config.parallel.nano_batches
+        while batch := list(itertools.islice(sequences, together)):
+            loss = self.loss_sum(*batch)
             # FSDP averages gradients over all ranks; what is wanted is their sum.
             (loss * (world.size / labels)).backward()
             total += loss.detach()
@@ -83,33 +104,91 @@ class Trainer:
             group["lr"] = learning_rate(self.step, train)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.step, self.next_sequence = self.step + 1, numbers.stop
+        self.step, self.next_sequence = self.step + 1, job.numbers.stop
+        if self.speeds is not None:
+            self._measure(self.speeds)
         return world.sum(total) / labels, norm
 
-    def loss_sum(self, packer: Packer, number: int) -> Tensor:
-        """Sum of the cross entropies of this rank's rows of a packed sequence. All ranks call this at the same time."""
-        sequence = packer.sequence(number)
-        plan = self.cp.plan(distattn.documents(sequence.lengths.tolist()))
-        rows = sequence.rows(plan.layout.positions(self.cp.rank))
-        tokens, labels, positions = (part.to(self.world.device) for part in rows)
+    def loss_sum(self, *sequences: Prepared) -> Tensor:
+        """Sum of the cross entropies of this rank's rows of packed sequences, several of which take each layer side by side.
+        All ranks call this at the same time."""
+        opened = [self._rows(sequence) for sequence in sequences]
         with self._autocast():
-            return self.model(tokens, positions, attend_with(self.cp, plan), labels)
+            if len(opened) == 1:
+                [(tokens, positions, labels, plan)] = opened
+                return self.model(tokens, positions, attend_with(self.cp, plan), labels)
+            batches = [
+                NanoBatch(tokens, positions, labels, begin_with(self.cp, plan, slot))
+                for slot, (tokens, positions, labels, plan) in enumerate(opened)
+            ]
+            return self.model.together(batches)
 
-    @torch.no_grad()
-    def evaluate(self) -> float | None:
-        """Mean loss over held-out sequences, the same ones every time; None where nothing is held out."""
+    def _rows(self, sequence: Prepared) -> tuple[Tensor, Tensor, Tensor, AttentionPlan]:
+        """Tokens, positions and labels of this rank's rows of a sequence, and the plan of its documents."""
+        started = time.perf_counter()
+        plan = self.cp.adopt(sequence.plan)
+        self.prefetch.spent.agreed += time.perf_counter() - started
+        tokens, labels, positions = (part.to(self.world.device) for part in sequence.rows)
+        return tokens, positions, labels, plan
+
+    def _measure(self, speeds: Speeds) -> None:
+        """Speeds after this step, for what is asked for from now on: at the same point of the run on all ranks."""
+        changed = speeds.add(gather(self.cp))
+        if changed and self.cp.rank == 0:  # every group of ranks that share a sequence says its own
+            print(f"step {self.step}  {speeds.text(self.world.rank)}", flush=True)
+        if self.config.parallel.schedule in TAKE_SPEEDS:
+            self.prefetch.speeds = speeds.current
+
+    def _jobs(self) -> Iterator[Job]:
+        """What is left of the run, in order."""
+        step, first = self.step, self.next_sequence
+        while step < self.config.train.steps:
+            yield self._training_job(first)
+            step, first = step + 1, first + self.config.train.sequences_per_step
+            if self._evaluates_after(step) and (job := self._evaluation_job()):
+                yield job
+
+    def _open(self, job: Job) -> tuple[int, Iterator[Prepared]]:
+        """Begins a job, and asks for the one after it: while this one is computed the next is made ready."""
+        opened = self.prefetch.open(job)
+        self._ask_next()
+        return opened
+
+    def _ask_next(self) -> None:
+        job = next(self.ahead, None)
+        if job is not None:
+            self.prefetch.ask(job)
+
+    def _training_job(self, first: int) -> Job:
+        numbers = range(first, first + self.config.train.sequences_per_step)
+        return Job(False, numbers, tuple(numbers[self.world.dp_rank :: self.world.dp]))
+
+    def _evaluation_job(self) -> Job | None:
+        """The held-out sequences of every evaluation; None where nothing is held out."""
         world = self.world
         if self.held_out is None or self.config.train.eval_sequences == 0:
             return None
         numbers = range(min(self.config.train.eval_sequences, self.held_out.epoch_sequences))
+        places = range(world.dp_rank, -(-len(numbers) // world.dp) * world.dp, world.dp)
+        # A group that has none left takes one more, uncounted: FSDP's collectives need every rank.
+        return Job(True, numbers, tuple(numbers[min(place, len(numbers) - 1)] for place in places))
+
+    def _evaluates_after(self, step: int) -> bool:
+        train = self.config.train
+        return step == train.steps or bool(train.eval_every and step % train.eval_every == 0)
+
+    @torch.no_grad()
+    def evaluate(self) -> float | None:
+        """Mean loss over held-out sequences, the same ones every time; None where nothing is held out."""
+        world, job = self.world, self._evaluation_job()
+        if job is None:
+            return None
+        labels, sequences = self._open(job)
         total = torch.zeros((), dtype=torch.float64, device=world.device)
-        for first in range(0, len(numbers), world.dp):
-            place = first + world.dp_rank
-            # A group that has none left takes one more, uncounted: FSDP's collectives need every rank.
-            loss = self.loss_sum(self.held_out, numbers[min(place, len(numbers) - 1)])
-            total += loss if place < len(numbers) else 0
-        labels = max(1, sum(self.held_out.sequence(number).labels for number in numbers))
-        return world.sum(total).item() / labels
+        for place, sequence in enumerate(sequences):
+            loss = self.loss_sum(sequence)
+            total += loss if place * world.dp + world.dp_rank < len(job.numbers) else 0
+        return world.sum(total).item() / max(1, labels)
 
     def say(self, text: str) -> None:
         if self.world.rank == 0:
@@ -147,15 +226,22 @@ class Trainer:
         self._refuse_not_finite(loss, norm)
         value, train = loss.item(), self.config.train
         steps, seconds = self.pace.lap(self.step)
-        values = {
+        spent, self.prefetch.spent = self.prefetch.spent, Spent()
+        values: dict[str, Any] = {
             "loss": value,
             "gradient_norm": norm.item(),
             "learning_rate": learning_rate(self.step - 1, train),
             "tokens_per_second": steps * train.sequences_per_step * self.config.data.sequence_length / seconds,
             "memory_bytes": peak_memory(self.world.device),
             "seconds": seconds,
+            "plan_seconds": spent.made / steps,
+            "plan_hidden": spent.hidden,
+            "plan_agreement_seconds": spent.agreed / steps,
         }
-        self.say(progress_line(self.step, train.steps, values, self.pace.seconds_a_step * (train.steps - self.step)))
+        if self.speeds is not None:
+            values["speeds"] = [speed / UNIT for speed in self.speeds.current]
+        seconds_left = self.pace.seconds_a_step * (train.steps - self.step)
+        self.say(progress_line(self.step, train.steps, values, seconds_left, spent.text(steps, seconds)))
         if self.metrics:
             self.metrics.write(self.step, values)
 
@@ -167,7 +253,10 @@ class Trainer:
             )
 
     def _report_evaluation(self) -> float | None:
+        spent = self.prefetch.spent
+        self.prefetch.spent = Spent()  # evaluations do not count, as in the pace
         loss = self.evaluate()
+        self.prefetch.spent = spent
         if loss is not None:
             self.say(f"step {self.step}/{self.config.train.steps}  held-out loss {loss:.4f} nats a {self.packer.file.unit}")
             if self.metrics:
@@ -195,14 +284,11 @@ class Trainer:
         return result
 
 
-def make_packers(config: Config) -> tuple[Packer, Packer | None]:
-    """Sequences to train on, and held-out ones (None where nothing is held out)."""
-    data = config.data
-    file = open_tokens(data.path, verify=False)  # launch/train.py has verified it, once a machine
-    file.check_vocabulary(config.model.vocab_size)
-    training, held_out = split(file.meta["documents"], data.held_out, data.seed)
-    options = (data.sequence_length, data.seed, data.longest_document)
-    return Packer(file, training, *options), Packer(file, held_out, *options) if len(held_out) else None
+def make_source(config: Config, world: World, cp: ContextParallel) -> Source:
+    """What makes this rank's sequences ready."""
+    training, _ = make_packers(config)
+    # schedule=auto chooses by the first sequence of the stream, also where a run goes on further down.
+    return Source(config, cp.recipe(documents(training.sequence(0).lengths.tolist())), (attention_call(config, world),))
 
 
 def make_optimizer(model: Decoder, train: TrainConfig) -> torch.optim.Optimizer:

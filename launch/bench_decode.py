@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distattn.launch.bench_processes import connected
+from distattn.launch.bench_processes import check_asked, connected
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,11 +65,7 @@ def parse(words: list[str] | None) -> tuple[Problem, Path | None]:
     """(problem, file for the figures). Raises ValueError for what cannot be measured."""
     asked = vars(parser().parse_args(words))
     path = asked.pop("json")
-    for name in ("tokens", "heads", "kv_heads", "head_dim", "repeat"):
-        if asked[name] < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {asked[name]} was asked for. Pass 1 or more.")
-    if asked["ranks"] < 2:
-        raise ValueError(f"--ranks {asked['ranks']}: nothing travels between fewer than 2 ranks. Pass 2 or more.")
+    check_asked(asked, ("tokens", "heads", "kv_heads", "head_dim", "repeat"), path)
     if asked["tokens"] <= asked["ranks"]:
         raise ValueError(
             f"--tokens {asked['tokens']} on {asked['ranks']} ranks: every rank needs one of its own. Pass more tokens."
@@ -78,10 +74,6 @@ def parse(words: list[str] | None) -> tuple[Problem, Path | None]:
         raise ValueError(
             f"{asked['heads']} query heads cannot share {asked['kv_heads']} key heads. Pass --kv-heads that divides --heads."
         )
-    if not asked["timeout"] > 0:
-        raise ValueError(f"--timeout {asked['timeout']:g} is no time to wait. Pass seconds above 0.")
-    if path and not path.absolute().parent.is_dir():
-        raise ValueError(f"--json {path}: there is no folder {path.absolute().parent}. Make it first.")
     return Problem(**asked), path
 
 

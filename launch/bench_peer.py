@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from distattn.launch.bench_processes import connected
+from distattn.launch.bench_processes import check_asked, connected
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,11 +85,7 @@ def parse(words: list[str] | None) -> tuple[Problem, Path | None]:
     """(problem, file for the figures). Raises ValueError for what cannot be measured."""
     asked = vars(parser().parse_args(words))
     path = asked.pop("json")
-    for name in ("tokens", "heads", "head_dim", "bucket", "repeat"):
-        if asked[name] < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {asked[name]} was asked for. Pass 1 or more.")
-    if asked["ranks"] < 2:
-        raise ValueError(f"--ranks {asked['ranks']}: nothing travels between fewer than 2 ranks. Pass 2 or more.")
+    check_asked(asked, ("tokens", "heads", "head_dim", "bucket", "repeat"), path)
     unit = asked["ranks"] * asked["bucket"]
     if asked["tokens"] % unit:
         raise ValueError(
@@ -97,10 +93,6 @@ def parse(words: list[str] | None) -> tuple[Problem, Path | None]:
             f"{asked['ranks']} x {asked['bucket']} = {unit}. Pass {max(1, round(asked['tokens'] / unit)) * unit}, "
             "or another --bucket."
         )
-    if not asked["timeout"] > 0:
-        raise ValueError(f"--timeout {asked['timeout']:g} is no time to wait. Pass seconds above 0.")
-    if path and not path.absolute().parent.is_dir():
-        raise ValueError(f"--json {path}: there is no folder {path.absolute().parent}. Make it first.")
     if importlib.util.find_spec("ring_attention_pytorch") is None:
         raise ValueError(
             f"The package {PEER} is not installed, and this program measures against it. Run: pip install {PEER} "

@@ -8,10 +8,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distattn.parallel.comm_process import ProcessCommunicator
+
+
+def check_asked(asked: dict[str, Any], counts: tuple[str, ...], path: Path | None) -> None:
+    """What every such benchmark asks of its command line.
+
+    Args:
+        asked: its arguments; ``ranks`` and ``timeout`` are among them.
+        counts: those that must be 1 or more.
+        path: where ``--json`` writes.
+
+    Raises:
+        ValueError: for what cannot be measured or written.
+    """
+    for name in counts:
+        if asked[name] < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {asked[name]} was asked for. Pass 1 or more.")
+    if asked["ranks"] < 2:
+        raise ValueError(f"--ranks {asked['ranks']}: nothing travels between fewer than 2 ranks. Pass 2 or more.")
+    if not asked["timeout"] > 0:
+        raise ValueError(f"--timeout {asked['timeout']:g} is no time to wait. Pass seconds above 0.")
+    if path and not path.absolute().parent.is_dir():
+        raise ValueError(f"--json {path}: there is no folder {path.absolute().parent}. Make it first.")
 
 
 @contextmanager

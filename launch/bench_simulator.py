@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distattn.launch.doctor import Parser, print_line
+from distattn.launch.other_load import OtherLoad
 from distattn.launch.train import Place
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from distattn.parallel.shape import Shape
 
 SCHEDULES = ("ring", "zigzag", "gather", "tree")
+QUIET = 0.03  # of the cores, for other programs; more is no measurement
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Row:
     step: float
     predicted_forward: float
     predicted_step: float
+    spread: float = 0.0  # of the rounds of the step, as a part of their median
 
     @property
     def error(self) -> float:
@@ -189,25 +192,47 @@ def measure(communicator: Communicator, case: Case, cluster: Cluster, rounds: in
         *inputs, dout = (torch.randn(shape) for shape in shapes)
         attend = partial(cp.attention, plan=plan)
         work[schedule] = lambda both, a=attend, i=inputs, d=dout: clock(cpu, partial(step, a, i, d, both))  # type: ignore[misc]
-    seconds: dict[tuple[str, bool], list[float]] = {}
-    for turn in range(rounds + 1):
-        for schedule, run in work.items():
-            for both in (False, True):
-                communicator.all_gather_bytes(b"")
-                spent = run(both)
-                slowest = max(json.loads(answer) for answer in communicator.all_gather_bytes(json.dumps(spent).encode()))
-                if turn:
-                    seconds.setdefault((schedule, both), []).append(slowest)
+    turns = quiet_turns(communicator, work, rounds)
     rows = []
     for schedule in SCHEDULES:
-        forward, both = (statistics.median(seconds[schedule, x]) for x in (False, True))
-        rows.append(
-            Row(communicator.world, str(case), schedule, forward, both, *predict(schedule, case, communicator.world, cluster))
-        )
+        forward, both = ([turn[schedule, x] for turn in turns] for x in (False, True))
+        predicted = predict(schedule, case, communicator.world, cluster)
+        medians = statistics.median(forward), statistics.median(both)
+        rows.append(Row(communicator.world, str(case), schedule, *medians, *predicted, spread(both)))
         row = rows[-1]
         predicted = f"predicted {row.predicted_step * 1e3:.1f} ({row.error:+.0%})"
         say(f"{row.world} ranks, {case}, {schedule}: {row.step * 1e3:.1f} ms, {predicted}")
     return rows
+
+
+def quiet_turns(
+    communicator: Communicator, work: dict[str, Callable[[bool], float]], rounds: int
+) -> list[dict[tuple[str, bool], float]]:
+    """Seconds of the slowest rank by (schedule, whether backward too), turn by turn; the same on all ranks.
+
+    A turn in which other programs were busy is taken again, up to three times as many in all; then the quietest count.
+    """
+    turns: list[tuple[float, int, dict[tuple[str, bool], float]]] = []
+    load = OtherLoad(communicator)
+    for turn in range(3 * rounds + 1):
+        seconds = {}
+        for schedule, run in work.items():
+            for both in (False, True):
+                communicator.all_gather_bytes(b"")
+                answers = communicator.all_gather_bytes(json.dumps(run(both)).encode())
+                seconds[schedule, both] = max(json.loads(answer) for answer in answers)
+        others = load.share()
+        if turn:  # the first one compiles programs
+            turns.append((others, turn, seconds))
+        if sum(share <= QUIET for share, _, _ in turns) == rounds:
+            break
+    return [seconds for _, _, seconds in sorted(turns, key=lambda entry: entry[:2])[:rounds]]
+
+
+def spread(seconds: list[float]) -> float:
+    """Half of the range without the two outermost eighths, as a part of the median: how far another median may lie."""
+    low, *_, high = statistics.quantiles(seconds, n=8) if len(seconds) > 1 else seconds * 2
+    return (high - low) / 2 / statistics.median(seconds)
 
 
 def predict(schedule: str, case: Case, world: int, cluster: Cluster) -> tuple[float, float]:

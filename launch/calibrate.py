@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distattn.launch.doctor import Parser, print_line
+from distattn.launch.other_load import OtherLoad
 from distattn.launch.train import Place, choose_device
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
     from distattn.parallel.comm import Communicator
 
+QUIET = 0.05  # of the cores, for other programs, that does no harm
+SWEEPS = 4  # over everything: the speed of a machine wanders by 20% within seconds
 MANY_NODES = 512  # what is measured on some nodes is taken to hold on as many
 
 
@@ -111,8 +115,11 @@ def run(asked: argparse.Namespace, place: Place, device: torch.device) -> int:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=asked.timeout))
             communicator = ProcessCommunicator(timeout=asked.timeout)
-        start = time.monotonic()
+        start, load = time.monotonic(), OtherLoad(communicator)
         data = measure(communicator, device, asked, place, say)
+        others = load.share()
+        if others > QUIET and device.type == "cpu":
+            say(f"OTHER PROGRAMS took {others:.0%} of the cores: measure again when the machine does nothing else.")
         if place.rank == 0:
             write(data, asked.out)
             say(f"written to {asked.out} in {time.monotonic() - start:.0f} s")
@@ -143,17 +150,38 @@ def measure(
     probe = Probe(
         communicator, device, (1 if asked.quick else 8 if device.type == "cpu" else 64) * 2**20, 3 if asked.quick else 9
     )
+    bench = Bench(device, grid, asked.backend)
     kernel: dict[str, Any] = {}
-    if cores is None or place.local_rank < cores:
-        kernel = measure_kernel(Bench(device, grid, asked.backend), say)
-    kernel = everybody(communicator, _with_text_keys(kernel))[0]
-    problem = Problem(1, grid.heads, grid.kv_heads, grid.sizes[len(grid.sizes) // 2], grid.dtype, device)
-    found = measure_links(probe, nodes, say)
-    host = measure_host(probe, problem, kernel, cores, 3 if asked.quick else 10)
-    if cores is not None and nodes.devices > 1:
-        host["traffic_us_mb"] = round(measure_traffic(probe, *nodes.neighbours(communicator.rank)), 1)
+    sweeps: list[dict[str, dict[str, Any]]] = []
+    for sweep in range(1 if asked.quick else SWEEPS):
+        last = sweep == (0 if asked.quick else SWEEPS - 1)
+        tell = say if last else lambda _: None
+        if not last:
+            say(f"sweep {sweep + 1} of {SWEEPS}")
+        if cores is None or place.local_rank < cores:
+            kernel = measure_kernel(bench, tell)
+        kernel = everybody(communicator, _with_text_keys(kernel))[0]
+        problem = Problem(1, grid.heads, grid.kv_heads, grid.sizes[len(grid.sizes) // 2], grid.dtype, device)
+        found = measure_links(probe, nodes, tell)
+        host = measure_host(probe, problem, kernel, cores, 3 if asked.quick else 10)
+        if cores is not None and nodes.devices > 1:
+            host["traffic_us_mb"] = round(measure_traffic(probe, *nodes.neighbours(communicator.rank)), 1)
+        sweeps.append(found | {"host": host})
+    found = medians(sweeps)
+    host = found.pop("host")
     say("host: " + ", ".join(f"{key} {value}" for key, value in host.items()))
     return describe(asked, device, nodes, kernel, found, host)
+
+
+def medians(sweeps: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Each figure of each section as the middle one of all sweeps that found it; what is no measurement from the last."""
+    made: dict[str, dict[str, Any]] = {}
+    for section, figures in sweeps[-1].items():
+        made[section] = {}
+        for key, value in figures.items():
+            found = [sweep[section][key] for sweep in sweeps if key in sweep[section]]
+            made[section][key] = float(f"{statistics.median(found):.4g}") if isinstance(value, float) else value
+    return made
 
 
 def describe(

@@ -60,6 +60,11 @@ class Curve:
         low, high = int(at), min(int(at) + 1, len(sizes) - 1)
         return np.exp2(values[low] * (1 - (at - low)) + values[high] * (at - low))
 
+    def best(self, head_size: int) -> float:
+        """The most that :meth:`share` is for any side."""
+        sides = np.concatenate([list(points) for points in self.efficiency.values()])
+        return float(self.share(sides, head_size).max())
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -68,9 +73,16 @@ class Kernel:
     peak_tflops: dict[str, float] = figure("of a large matrix product, by dtype", above=0)
     units: int = figure("programs that run at the same time; fewer leave a part of the device idle", least=1)
     tile: int = figure("rows of one program", least=1)
-    diagonal_rows: float = figure("width of the tiles along a diagonal edge, half of which are computed in vain", least=0)
+    diagonal_rows: dict[int, float] = figure(
+        "width of the tiles along a diagonal edge, half of which are computed in vain, by the edge's length in rows", least=0
+    )
     forward: Curve = figure("the forward kernel")
     backward: Curve = figure("the backward kernel")
+
+    def diagonal(self, length: np.ndarray) -> np.ndarray:
+        """Width of the tiles along an edge of so many rows; straight lines over the logarithm between those that are known."""
+        known = sorted(self.diagonal_rows)
+        return np.interp(np.log2(np.maximum(length, 1)), np.log2(known), [self.diagonal_rows[rows] for rows in known])
 
 
 @dataclass(frozen=True)
@@ -178,8 +190,10 @@ class Cluster:
         longer, shorter = np.maximum(q_rows, k_rows), np.minimum(q_rows, k_rows)
         whole = q_rows * k_rows
         window = areas < whole / 2  # less than a triangle has two diagonal edges
-        vain = np.minimum(np.minimum(whole - areas, areas), np.where(window, 1.0, 0.5) * kernel.diagonal_rows * shorter)
         side = np.minimum(shorter, 2 * areas / np.maximum(longer, 1))
+        # Windows are cut into triangles of their own width, along both edges.
+        tiles = kernel.diagonal(np.where(window, side / 2, side)) * np.where(window, 1.0, 0.5)
+        vain = np.minimum(np.minimum(whole - areas, areas), tiles * shorter)
         programs = shape.heads * np.ceil((q_rows if direction == "forward" else k_rows) / kernel.tile)
         if launch is not None:
             programs = np.bincount(launch, weights=programs)[launch] if len(launch) else programs

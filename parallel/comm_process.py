@@ -31,6 +31,7 @@ from distattn.parallel.watch import Watch, complain, open_store
 
 SETUP_SECONDS = 300.0  # ranks reach the construction minutes apart: one may still load data or compile
 NCCL_GRACE_SECONDS = 30.0
+FRAME = 56  # payloads of at most this many bytes are gathered in one exchange, with their sizes
 
 Messages = list[tuple[int, Tensor]]
 
@@ -95,10 +96,13 @@ class ProcessCommunicator:
 
     def all_gather_bytes(self, payload: bytes) -> list[bytes]:
         awaited = Awaited("all_gather_bytes", 0, 0)
-        size = torch.tensor([len(payload)]).view(torch.uint8)
-        sizes = [int(part.view(torch.int64)) for part in self._share(size, [8] * self.world, awaited, control=True)]
-        given = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else torch.empty(0, dtype=torch.uint8)
-        return [part.numpy().tobytes() for part in self._share(given, sizes, awaited, control=True)]
+        frame = len(payload).to_bytes(8, "little") + payload[:FRAME].ljust(FRAME, b"\0")
+        frames = self._share(_tensor(frame), [len(frame)] * self.world, awaited, control=True)
+        came = [part.numpy().tobytes() for part in frames]
+        sizes = [int.from_bytes(part[:8], "little") for part in came]
+        if max(sizes) <= FRAME:
+            return [part[8 : 8 + size] for part, size in zip(came, sizes, strict=True)]
+        return [part.numpy().tobytes() for part in self._share(_tensor(payload), sizes, awaited, control=True)]
 
     def all_gather_rows(self, x: Tensor, rows: Sequence[int]) -> list[Tensor]:
         assert len(rows) == self.world and rows[self.rank] == x.shape[0], f"rows {list(rows)}, tensor {list(x.shape)}"
@@ -303,6 +307,10 @@ def _backend_of(group: dist.ProcessGroup) -> str:
     if name in ("gloo", "nccl"):
         return name
     return "nccl" if torch.cuda.is_available() else "gloo"  # one backend a device type
+
+
+def _tensor(payload: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else torch.empty(0, dtype=torch.uint8)
 
 
 def _errand(is_send: bool, peer: int, tensor: Tensor) -> str:

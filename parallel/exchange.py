@@ -4,6 +4,8 @@ Before attention every rank of the group gets all rows of the group with its sli
 own rows back with all heads. One packed message a peer and exchange, all in one batch on a lane of their own; the backward pass
 trades the other way round. What arrives is used where it lands: a message is a table of bytes, a row of the table a row of the
 sequence, and each tensor in it a view.
+
+An exchange is in two steps: its generator yields once, when all is posted; True where that is the last of a call (``steps.py``).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 from distattn.parallel.comm import Awaited, Communicator
 from distattn.parallel.head_split import HeadSlice, HeadSplit, Parts, inner_shape, row_parts
 from distattn.parallel.shape import ALIGNMENT, Shape
+from distattn.parallel.steps import Steps
 
 LANE = 3
 
@@ -83,42 +86,45 @@ class HeadExchange:
         """Shape of each slice's attention."""
         return [inner_shape(self.shape, piece) for piece in self.split.slices]
 
-    def send_inputs(self, communicator: Communicator, q: Tensor, k: Tensor, v: Tensor, call: int) -> Tensor:
+    def send_inputs(self, communicator: Communicator, q: Tensor, k: Tensor, v: Tensor, call: int) -> Steps[Tensor]:
         """q, k, v [T, H, D] of this rank's rows in, bytes of all rows and this slice's heads out; see :meth:`inputs`."""
         awaited = Awaited("forward", 0, 0, "head exchange: q, k and v", call)
-        return self._to_slices(communicator, self._inputs, lambda piece: [_q(q, piece), _kv(k, piece), _kv(v, piece)], awaited)
+        tensors = lambda piece: [_q(q, piece), _kv(k, piece), _kv(v, piece)]  # noqa: E731
+        return (yield from self._to_slices(communicator, self._inputs, tensors, awaited))
 
     def inputs(self, arrived: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v of this slice, [inner rows, heads, D]: views of what arrived, but for key heads that must be repeated."""
         q, k, v = self._inputs[self.part].views(arrived)
         return q, _repeated(k, self.mine.copies), _repeated(v, self.mine.copies)
 
-    def return_outputs(self, communicator: Communicator, out: Tensor, lse: Tensor, call: int) -> tuple[Tensor, Tensor]:
+    def return_outputs(self, communicator: Communicator, out: Tensor, lse: Tensor, call: int) -> Steps[tuple[Tensor, Tensor]]:
         """This slice's out and lse of all rows in; this rank's rows with all heads out, [T, H, D_v] and [T, H]."""
         awaited = Awaited("forward", 0, 0, "head exchange: out and lse", call)
         whole = out.new_empty(self.rows, self.shape.heads, self.shape.d_v), lse.new_empty(self.rows, self.shape.heads)
-        for piece, came in zip(self.split.slices, self._to_rows(communicator, self._outputs, [out, lse], awaited), strict=True):
-            for target, source in zip(whole, came, strict=True):
+        came = yield from self._to_rows(communicator, self._outputs, [out, lse], awaited)
+        for piece, parts in zip(self.split.slices, came, strict=True):
+            for target, source in zip(whole, parts, strict=True):
                 _q(target, piece).copy_(source)
         return whole
 
-    def send_upstream(self, communicator: Communicator, dout: Tensor, delta: Tensor, call: int) -> tuple[Tensor, Tensor]:
+    def send_upstream(self, communicator: Communicator, dout: Tensor, delta: Tensor, call: int) -> Steps[tuple[Tensor, Tensor]]:
         """The gradient of out and delta of this rank's rows in; those of all rows and this slice's heads out."""
         awaited = Awaited("backward", 0, 0, "head exchange: dout and delta", call)
-        arrived = self._to_slices(communicator, self._upstream, lambda piece: [_q(dout, piece), _q(delta, piece)], awaited)
+        tensors = lambda piece: [_q(dout, piece), _q(delta, piece)]  # noqa: E731
+        arrived = yield from self._to_slices(communicator, self._upstream, tensors, awaited)
         dout, delta = self._upstream[self.part].views(arrived)
         return dout, delta.contiguous()
 
     def return_gradients(
         self, communicator: Communicator, dq: Tensor, dk: Tensor, dv: Tensor, call: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Steps[tuple[Tensor, Tensor, Tensor]]:
         """This slice's gradients of all rows in, in the dtype of sums; those of this rank's rows out, in the inputs' dtype.
 
         Gradients of key heads that several slices read are added in the order of the slices, in the dtype of sums.
         """
         awaited = Awaited("backward", 0, 0, "head exchange: dq, dk and dv", call)
         given = [dq, _summed(dk, self.mine.copies), _summed(dv, self.mine.copies)]
-        came = self._to_rows(communicator, self._gradients, given, awaited)
+        came = yield from self._to_rows(communicator, self._gradients, given, awaited)
         shape, dtype = self.shape, self.shape.dtype
         whole_q = dq.new_empty(self.rows, shape.heads, shape.d, dtype=dtype)
         make = dk.new_zeros if self.split.replicated else dk.new_empty
@@ -137,7 +143,7 @@ class HeadExchange:
         formats: list[RowFormat],
         tensors: Callable[[HeadSlice], list[Tensor]],
         awaited: Awaited,
-    ) -> Tensor:
+    ) -> Steps[Tensor]:
         """Sends every slice its heads of this rank's rows; returns the bytes of all rows of this rank's slice."""
         device = tensors(self.mine)[0].device
         mine = formats[self.part]
@@ -148,12 +154,12 @@ class HeadExchange:
         for i, memory in given.items():
             for target, source in zip(formats[i].views(memory), tensors(self.split.slices[i]), strict=True):
                 target.copy_(source)
-        self._exchange(communicator, given, dict(enumerate(places)), awaited)
+        yield from self._exchange(communicator, given, dict(enumerate(places)), awaited, home=False)
         return arrived
 
     def _to_rows(
         self, communicator: Communicator, formats: list[RowFormat], tensors: list[Tensor], awaited: Awaited
-    ) -> list[list[Tensor]]:
+    ) -> Steps[list[list[Tensor]]]:
         """Sends every rank its rows of this slice; returns this rank's rows of every slice."""
         mine = formats[self.part]
         packed = torch.empty(self.inner_rows * mine.size, dtype=torch.uint8, device=tensors[0].device)
@@ -162,7 +168,7 @@ class HeadExchange:
         given = dict(enumerate(self._places(packed, mine)))
         came = {i: torch.empty(self.rows * formats[i].size, dtype=torch.uint8, device=packed.device) for i in self._others}
         came[self.part] = given[self.part]
-        self._exchange(communicator, given, came, awaited)
+        yield from self._exchange(communicator, given, came, awaited, home=True)
         return [row_format.views(came[i]) for i, row_format in enumerate(formats)]
 
     def _places(self, memory: Tensor, row_format: RowFormat) -> list[Tensor]:
@@ -170,14 +176,21 @@ class HeadExchange:
         borders = [row * row_format.size for row in self.row_ptr]
         return [memory[a:b] for a, b in zip(borders, borders[1:], strict=False)]
 
-    def _exchange(self, communicator: Communicator, given: dict[int, Tensor], came: dict[int, Tensor], awaited: Awaited) -> None:
+    def _exchange(
+        self, communicator: Communicator, given: dict[int, Tensor], came: dict[int, Tensor], awaited: Awaited, home: bool
+    ) -> Steps[None]:
         """One batch with the other ranks of the group. Ranks without rows neither get nor give."""
         first = communicator.rank - self.part
         sends = [(first + i, given[i]) for i in self._others if given[i].numel()]
         receives = [(first + i, came[i]) for i in reversed(self._others) if came[i].numel()]
         try:
             communicator.report(awaited)
-            communicator.post(LANE, sends, receives, awaited).wait()
+            pending = communicator.post(LANE, sends, receives, awaited)
+            yield home
+            communicator.report(awaited)
+            pending.wait()
+        except GeneratorExit:  # dropped half-way, by whoever failed between the steps
+            raise
         except BaseException as error:
             communicator.fail(error)
             raise

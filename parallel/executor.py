@@ -2,10 +2,14 @@
 
 At every boundary it awaits what the next stage needs, posts what may travel while that stage computes, and launches the
 stage's kernels. It knows nothing of schedules; tests withhold messages to show that it never waits early.
+
+A pass can be taken in three steps (``steps.py``), with other work between them: several passes are then in flight, each in a
+slot with a workspace of its own. Ranks take the steps of all passes in one order, which orders the messages of every lane.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -18,6 +22,7 @@ from distattn.kernels.merge import merge_into
 from distattn.parallel.comm import Awaited, Communicator, Pending
 from distattn.parallel.plan import What
 from distattn.parallel.program import Batch, Buffer, Item, Launch, Message, Program
+from distattn.parallel.steps import InProgress, Steps, gives_turn, run
 
 
 @dataclass(eq=False)
@@ -41,22 +46,44 @@ class _Bound:
 
 
 class Executor:
-    """Runs the programs of one rank. Owns the workspace, which grows to what the largest program needs and is never smaller."""
+    """Runs the programs of one rank. Owns a workspace for every slot that is used, which grows to what its largest program needs
+    and is never smaller: passes one at a time need one, n passes in flight together n."""
 
     def __init__(self, communicator: Communicator):
         self.communicator = communicator
         self.calls = 0
-        self._workspace: dict[torch.device, Tensor] = {}
-        self._bound: WeakKeyDictionary[Program, _Bound] = WeakKeyDictionary()
+        self.in_progress = InProgress()
+        self._workspace: dict[tuple[int, torch.device], Tensor] = {}
+        self._bound: defaultdict[int, WeakKeyDictionary[Program, _Bound]] = defaultdict(WeakKeyDictionary)
+
+    def next_call(self) -> int:
+        """The number of what begins now, for error messages; the same on every rank."""
+        self.calls += 1
+        return self.calls
 
     def forward(
         self, program: Program, backend: Backend, q: Tensor, k: Tensor, v: Tensor, scores: Scores, sinks: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """All of :meth:`forward_steps` at once."""
+        return run(self.forward_steps(program, backend, q, k, v, scores, sinks))
+
+    def forward_steps(
+        self,
+        program: Program,
+        backend: Backend,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scores: Scores,
+        sinks: Tensor | None = None,
+        slot: int = 0,
+    ) -> Steps[tuple[Tensor, Tensor, Tensor]]:
         """Attention of this rank's queries over the whole sequence.
 
         Args:
             q, k, v: this rank's rows, [T, H_q, D], [T, H_kv, D], [T, H_kv, D_v].
             sinks: [H_q], entered once as the initial state.
+            slot: whose workspace; passes that are in flight together have different ones.
 
         Returns:
             out [T, H_q, D_v] in q's dtype, lse [T, H_q] in the accumulate dtype, and the kept bytes for :meth:`backward`.
@@ -85,7 +112,7 @@ class Executor:
                 state = empty_state(q, v.shape[-1])
             return state
 
-        self._run(program, q.device, kept, own, compute)
+        yield from self._run(program, q.device, kept, own, compute, slot)
         o, lse = own(What.OUT)
         if not written:
             out.copy_(o)
@@ -104,6 +131,23 @@ class Executor:
         kept: Tensor,
         scores: Scores,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """All of :meth:`backward_steps` at once."""
+        return run(self.backward_steps(program, backend, dout, q, k, v, delta, lse, kept, scores))
+
+    def backward_steps(
+        self,
+        program: Program,
+        backend: Backend,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        delta: Tensor,
+        lse: Tensor,
+        kept: Tensor,
+        scores: Scores,
+        slot: int = 0,
+    ) -> Steps[tuple[Tensor, Tensor, Tensor]]:
         """Gradients of this rank's q, k and v, in the accumulate dtype.
 
         Args:
@@ -120,7 +164,7 @@ class Executor:
             sums = (*tensors(What.DQ, launch.q_owner), *tensors(What.DKV, launch.kv_owner))
             backend.backward(upstream, queries, keys, values, delta_, lse_, launch.bands, scores, *sums)
 
-        self._run(program, q.device, kept, mine.__getitem__, compute)
+        yield from self._run(program, q.device, kept, mine.__getitem__, compute, slot)
         return dq, dk, dv
 
     def _run(
@@ -130,13 +174,16 @@ class Executor:
         kept: Tensor,
         own: Callable[[What], Sequence[Tensor]],
         compute: Callable[[Launch, Callable[[What, int], Sequence[Tensor]]], None],
-    ) -> None:
+        slot: int,
+    ) -> Steps[None]:
         """One pass. An error is published, so that the peers that wait for this rank name its cause."""
-        self.calls += 1
+        call = self.next_call()
         try:
-            bound = self._bind(program, device, kept)
-            self._pass(program, bound, own, compute)
+            bound = self._bind(program, device, kept, slot)
+            yield from self._pass(program, bound, own, compute, call)
             bound.forget(program)
+        except GeneratorExit:  # dropped half-way, by whoever failed between the steps
+            raise
         except BaseException as error:
             self.communicator.fail(error)
             raise
@@ -147,15 +194,18 @@ class Executor:
         bound: _Bound,
         own: Callable[[What], Sequence[Tensor]],
         compute: Callable[[Launch, Callable[[What, int], Sequence[Tensor]]], None],
-    ) -> None:
-        """Boundary by boundary: await, unpack, pack, post, launch."""
+        call: int,
+    ) -> Steps[None]:
+        """Boundary by boundary: await, unpack, pack, post, launch. Yields as ``steps.py`` says."""
         pending: dict[int, Pending] = {}
 
         def tensors(what: What, owner: int) -> Sequence[Tensor]:
             return own(what) if owner == program.rank else bound.tensors[id(program.buffers[what, owner])]
 
         for boundary in range(program.stages + 1):
-            self.communicator.report(Awaited(program.plan.direction, boundary, program.stages, call=self.calls))
+            if boundary == program.stages > 0 or gives_turn(boundary, program.stages):
+                yield boundary == program.stages
+            self.communicator.report(Awaited(program.plan.direction, boundary, program.stages, call=call))
             self._zero(program.zeros[2 * boundary], bound)
             for batch in program.waits[boundary]:
                 pending.pop(id(batch)).wait()
@@ -164,12 +214,16 @@ class Executor:
             self._scrub(program, 2 * boundary, bound)
             self._zero(program.zeros[2 * boundary + 1], bound)
             for batch in program.posts[boundary]:
-                pending[id(batch)] = self._post(batch, bound, tensors)
+                pending[id(batch)] = self._post(batch, bound, tensors, call)
+            if boundary == 0:
+                yield False
             for launch in program.launches[boundary] if boundary < program.stages else ():
                 compute(launch, tensors)
             self._scrub(program, 2 * boundary + 1, bound)
+        if program.stages == 0:
+            yield True
 
-    def _post(self, batch: Batch, bound: _Bound, tensors: Callable[[What, int], Sequence[Tensor]]) -> Pending:
+    def _post(self, batch: Batch, bound: _Bound, tensors: Callable[[What, int], Sequence[Tensor]], call: int) -> Pending:
         for message in batch.sends:
             if message.direct is None:
                 for item in message.items:
@@ -177,7 +231,7 @@ class Executor:
                         _take_rows(item, source, target)
         sends, receives = ([(m.peer, bound.bytes_of[id(m)]) for m in side] for side in (batch.sends, batch.receives))
         assert batch.awaited is not None
-        return self.communicator.post(batch.lane, sends, receives, batch.awaited._replace(call=self.calls))
+        return self.communicator.post(batch.lane, sends, receives, batch.awaited._replace(call=call))
 
     def _unpack(self, message: Message, bound: _Bound, tensors: Callable[[What, int], Sequence[Tensor]]) -> None:
         """Inputs are put where they belong, sums are added, partial results merged; in plan order."""
@@ -203,15 +257,16 @@ class Executor:
         for stretch in program.deaths[step]:
             self.communicator.scrub(bound.workspace[stretch.place : stretch.place + stretch.size])
 
-    def _bind(self, program: Program, device: torch.device, kept: Tensor) -> _Bound:
-        """Views of the workspace, made once per program and workspace; views of the kept memory, made anew."""
-        workspace = self._workspace.get(device)
+    def _bind(self, program: Program, device: torch.device, kept: Tensor, slot: int) -> _Bound:
+        """Views of the slot's workspace, made once per program and workspace; views of the kept memory, made anew."""
+        workspace = self._workspace.get((slot, device))
         if workspace is None or workspace.numel() < program.workspace_bytes:
-            workspace = self._workspace[device] = torch.zeros(program.workspace_bytes, dtype=torch.uint8, device=device)
-            self._bound.clear()
-        bound = self._bound.get(program)
+            workspace = torch.zeros(program.workspace_bytes, dtype=torch.uint8, device=device)
+            self._workspace[slot, device] = workspace
+            self._bound[slot].clear()
+        bound = self._bound[slot].get(program)
         if bound is None or bound.workspace is not workspace:
-            bound = self._bound[program] = _Bound(workspace, {}, {})
+            bound = self._bound[slot][program] = _Bound(workspace, {}, {})
             self._bind_buffers(bound, (b for b in program.buffers.values() if not b.kept), workspace)
             self._bind_messages(bound, program, workspace, kept_ones=False)
         self._bind_buffers(bound, (b for b in program.buffers.values() if b.kept), kept)

@@ -111,6 +111,18 @@ class Layout:
         end = np.searchsorted(starts, base + np.clip(stop, 0, self.n_tokens))
         return begin, np.where(np.asarray(first) < stop, np.maximum(begin, end), begin)
 
+    def rows_before(self, rank: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """How many rows of ``rank`` are at positions below ``position``, int64; arguments broadcast."""
+        if not len(self.seg_rank):
+            return np.zeros(np.broadcast_shapes(np.shape(rank), np.shape(position)), dtype=np.int64)
+        starts, _ = self._search_keys
+        rank, position = np.broadcast_arrays(rank, np.clip(position, 0, self.n_tokens))
+        segment = np.searchsorted(starts, rank * (self.n_tokens + 1) + position) - 1  # the last that begins below it
+        begun = segment >= self.rank_ptr[rank]
+        at = np.where(begun, segment, 0)
+        steps = -((self.seg_start[at] - position) // self.step)
+        return np.where(begun, self.seg_row[at] + np.minimum(self.seg_count[at], steps), 0)
+
     def first_and_last(self, rank: np.ndarray, first: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The first and last position that ``rank`` holds among [first, stop), int64 [n]; first > last where it holds none."""
         begin, end = self.segments_meeting(rank, first, stop)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from distattn.kernels.bands import HI, K0, K1, LO, Q0, Q1, localize, shift
+from distattn.parallel.intervals import Intervals, union
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
 
@@ -65,6 +66,18 @@ def local_bands(mask: Mask, layout: Layout, q_rank: np.ndarray | int, kv_rank: n
         order = np.argsort(pair, kind="stable")
         table, pair = table[order], pair[order]
     return LocalBands(table, pair)
+
+
+def seen_positions(mask: Mask, layout: Layout, ranks: np.ndarray) -> Intervals:
+    """Positions of the keys that queries of each rank see, as runs; the key of a run is the index of the rank.
+
+    What a segment sees of a window that is narrower than the layout's step has gaps, and is left out.
+    """
+    table = mask.bands.table
+    touched = _touched(table, layout, ranks)
+    gaps = (table[:, HI] - table[:, LO] + 1 < layout.step)[touched.band]
+    rank = np.repeat(np.arange(len(ranks)), np.diff(touched.ptr))
+    return union(Intervals(rank[~gaps], touched.key_first[~gaps], touched.key_stop[~gaps]))
 
 
 def _touched(table: np.ndarray, layout: Layout, ranks: np.ndarray) -> _Touched:

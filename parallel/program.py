@@ -27,7 +27,6 @@ from distattn.parallel.plan import (
     POOL,
     POST,
     Q_OWNER,
-    RANK,
     SRC,
     STAGE,
     START,
@@ -404,17 +403,20 @@ def _describe(message: Message) -> str:
 
 def _launches(plan: Plan, rank: int, packings: dict[tuple[bool, int], Packing]) -> list[list[Launch]]:
     """The tasks of a stage that read the same two buffers, in one launch."""
-    tables: list[dict[tuple[int, int], list[np.ndarray]]] = [defaultdict(list) for _ in range(plan.stages)]
-    for i, row in enumerate(plan.tasks.tolist()):
-        assert row[RANK] == rank
-        _, _, q_owner, q_start, q_stop, kv_owner, kv_start, kv_stop = row
-        bands = plan.bands[plan.band_ptr[i] : plan.band_ptr[i + 1]]
-        if not len(bands):
-            continue
+    offsets = np.zeros((len(plan.tasks), 2), dtype=np.int64)
+    stores = []
+    for i, (stage, at, q_owner, q_start, q_stop, kv_owner, kv_start, kv_stop) in enumerate(plan.tasks.tolist()):
+        assert at == rank
         q_store, kv_store = plan.store(q_owner), plan.store(kv_owner)
         dq = q_start if q_owner == rank else packings[False, q_store].row(q_owner, q_start, q_stop)
         dk = kv_start if kv_owner == rank else packings[True, kv_store].row(kv_owner, kv_start, kv_stop)
-        tables[row[STAGE]][q_store, kv_store].append(shift(bands, dq, dk))
+        offsets[i] = dq, dk
+        stores.append((stage, q_store, kv_store))
+    bands = shift(plan.bands, *np.repeat(offsets, np.diff(plan.band_ptr), axis=0).T)
+    tables: list[dict[tuple[int, int], list[np.ndarray]]] = [defaultdict(list) for _ in range(plan.stages)]
+    for (stage, q_store, kv_store), begin, end in zip(stores, plan.band_ptr[:-1], plan.band_ptr[1:], strict=True):
+        if begin < end:
+            tables[stage][q_store, kv_store].append(bands[begin:end])
     return [[Launch(*key, Bands(np.concatenate(t))) for key, t in stage.items()] for stage in tables]
 
 

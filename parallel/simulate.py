@@ -113,6 +113,11 @@ def simulate_pass(
         ValueError: see :func:`simulate`.
     """
     loads = [of_plan(p, shapes, cluster) if isinstance(p, Plan) else of_exchange(p, cluster) for p in phases]
+    return simulate_loads(loads, cluster, timeline)
+
+
+def simulate_loads(loads: Sequence[Workload], cluster: Cluster, timeline: bool = False) -> PassTimes:
+    """Workloads one after the other on every rank, without barriers between."""
     worlds = {load.world for load in loads}
     if len(worlds) != 1:
         raise ValueError(

@@ -13,7 +13,7 @@ from distattn.parallel.mask import Mask
 from distattn.parallel.plan import Plan
 from distattn.parallel.schedules.disaggregate import balanced, check_step, disaggregate
 from distattn.parallel.schedules.double_ring import double_ring
-from distattn.parallel.schedules.gather import gather
+from distattn.parallel.schedules.gather import PAIRS_A_ROW, PAIRS_A_ROW_FAR, gather
 from distattn.parallel.schedules.ring import query_ring, ring
 from distattn.parallel.schedules.tree import tree
 from distattn.parallel.strategy import Balance, Rotate, Strategy
@@ -69,7 +69,8 @@ def _double_ring(layout: Layout, mask: Mask, strategy: Strategy, rank: int | Non
 
 
 def _gather(layout: Layout, mask: Mask, strategy: Strategy, rank: int | None) -> Plan:
-    return gather(layout, mask, strategy.stages or 2, rank)
+    far = strategy.devices is not None and strategy.devices < layout.world * strategy.ulysses
+    return gather(layout, mask, strategy.stages, rank, PAIRS_A_ROW_FAR if far else PAIRS_A_ROW)
 
 
 def _tree(layout: Layout, mask: Mask, strategy: Strategy, rank: int | None) -> Plan:

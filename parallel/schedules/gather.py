@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distattn.kernels.bands import INF, K0, K1, Q0, Q1, clip
+from distattn.kernels.bands import INF, K0, K1, Q0, Q1, areas, clip
 from distattn.parallel.intervals import Intervals, expand, groups, union
 from distattn.parallel.layout import Layout
 from distattn.parallel.localize import local_bands
@@ -21,6 +21,12 @@ from distattn.parallel.schedules.build import PlacedBands, check_rank, forward_p
 LANE = 1
 SAMPLE = 8  # ranks that are asked what they need, to decide where all cut
 GRAIN = 128  # rows: kernels slow down on less
+PARTS = (1, 2, 4, 8)
+# In (query, key) pairs that a device computes meanwhile: 32:8 heads of 128 in bf16, figures of configs/clusters/h200.yaml. Who
+# describes other heads or devices has them priced ("auto").
+PAIRS_A_ROW = 330  # one key row from a device of the same node
+PAIRS_A_ROW_FAR = 2600  # from another node
+PAIRS_A_PART = 1_600_000  # a stage, a launch and a message more
 
 
 class _Runs(NamedTuple):
@@ -33,7 +39,16 @@ class _Runs(NamedTuple):
     stop: np.ndarray
 
 
-def gather(layout: Layout, mask: Mask, stages: int = 1, rank: int | None = None) -> Plan:
+class _Sampled(NamedTuple):
+    """What some ranks need of others, and their pairs with own and with others' keys; ``runs`` by distance of the owner."""
+
+    runs: Intervals
+    rows: np.ndarray
+    own: np.ndarray
+    foreign: np.ndarray
+
+
+def gather(layout: Layout, mask: Mask, stages: int | None = 1, rank: int | None = None, pairs_a_row: float = PAIRS_A_ROW) -> Plan:
     """The gather schedule of any layout: own keys in stage 0, then ``stages`` parts of the others', nearest owner first.
 
     Rank r takes the keys of rank r - 1 first, then those of r - 2, and so on, so that no owner serves all ranks at once.
@@ -44,16 +59,21 @@ def gather(layout: Layout, mask: Mask, stages: int = 1, rank: int | None = None)
     boundary cuts.
 
     Args:
+        stages: None: as many parts as hide what travels behind the work, and no more than that is worth.
         rank: make only what this rank computes, sends and receives, at a cost linear in that.
+        pairs_a_row: pairs that are computed while one row travels.
 
     Raises:
         ValueError: for less than one part.
     """
-    if not isinstance(stages, (int, np.integer)) or stages < 1:
+    if stages is not None and (not isinstance(stages, (int, np.integer)) or stages < 1):
         raise ValueError(f"gather was asked for in stages = {stages!r} received parts. Pass a whole number of 1 or more.")
     world = layout.world
     check_rank(rank, world)
-    cuts = _cuts(layout, mask, int(stages))
+    sampled = None if stages == 1 or world == 1 else _sampled(layout, mask)
+    if stages is None:
+        stages = 1 if sampled is None else _parts_by_cost(sampled, pairs_a_row)
+    cuts = _cuts(layout, sampled, int(stages))
     here, there = (x.ravel() for x in np.meshgrid(np.arange(world) if rank is None else [rank], np.arange(world), indexing="ij"))
     table, pair = local_bands(mask, layout, here, there)
     q_owner, kv_owner = here[pair], there[pair]
@@ -70,19 +90,41 @@ def gather(layout: Layout, mask: Mask, stages: int = 1, rank: int | None = None)
     )
 
 
-def _cuts(layout: Layout, mask: Mask, stages: int) -> np.ndarray:
-    """Where one part ends and the next begins, as (distance - 1) * span + row; int64 [stages - 1], rising."""
+def _parts_by_cost(sampled: _Sampled, pairs_a_row: float) -> int:
+    """The parts, 1, 2, 4 or 8, with which the neediest of the sampled ranks is done first; the same on all ranks.
+
+    Part 1 travels behind the work on own keys, each later one behind the work on the part before.
+    """
+    at = int(sampled.rows.argmax())
+    own, foreign, travel = sampled.own[at], sampled.foreign[at], sampled.rows[at] * pairs_a_row
+
+    def lasts(parts: int) -> float:
+        behind = max(foreign, travel) / parts
+        return max(own, travel / parts) + (parts - 1) * behind + foreign / parts + parts * PAIRS_A_PART
+
+    return min(PARTS, key=lasts)
+
+
+def _sampled(layout: Layout, mask: Mask) -> _Sampled:
     world, span = layout.world, _span(layout)
-    if stages == 1 or world == 1:
-        return np.zeros(0, dtype=np.int64)
     sample = np.unique(np.linspace(0, world - 1, min(world, SAMPLE)).astype(np.int64))
     here, there = (x.ravel() for x in np.meshgrid(np.arange(len(sample)), np.arange(world), indexing="ij"))
-    foreign = sample[here] != there
-    here, there = here[foreign], there[foreign]
     table, pair = local_bands(mask, layout, sample[here], there)
+    foreign = (sample[here] != there)[pair]
     at = ((sample[here] - there) % world - 1)[pair] * span
-    runs = union(Intervals(here[pair], at + table[:, K0], at + table[:, K1]))
+    runs = union(Intervals(here[pair][foreign], (at + table[:, K0])[foreign], (at + table[:, K1])[foreign]))
     rows = np.bincount(runs.key, weights=runs.rows, minlength=len(sample)).astype(np.int64)
+    pairs = areas(table).astype(np.float64)
+    own, others = (np.bincount(here[pair][side], pairs[side], minlength=len(sample)) for side in (~foreign, foreign))
+    return _Sampled(runs, rows, own, others)
+
+
+def _cuts(layout: Layout, sampled: _Sampled | None, stages: int) -> np.ndarray:
+    """Where one part ends and the next begins, as (distance - 1) * span + row; int64 [stages - 1], rising."""
+    world, span = layout.world, _span(layout)
+    if sampled is None or stages == 1:
+        return np.zeros(0, dtype=np.int64)
+    runs, rows = sampled.runs, sampled.rows
     share = np.arange(1, stages)
     if not rows.any():
         return share * (world - 1) // stages * span

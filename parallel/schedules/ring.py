@@ -6,6 +6,7 @@ Attention") the same hops give balanced causal work. Pruned: a row stops at the 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -30,7 +31,7 @@ def ring(layout: Layout, mask: Mask, rank: int | None = None, grain: int = GRAIN
         rank: make the bands of this rank only, and of the tables what its view and its transposition depend on.
         grain: rows; what nobody needs is sent along where it is a shorter gap than this.
     """
-    runs, stages = _around(chain_runs(mask.bands.table, layout, grain), layout.world, rank)
+    runs, stages = _around(_chain(layout, mask, grain, True), layout.world, rank)
     transfers = _hops(layout.world, runs, What.KV)
     return _plan("ring", layout, mask, runs, rank, key_side=True, transfers=transfers, stages=stages)
 
@@ -42,7 +43,7 @@ def query_ring(layout: Layout, mask: Mask, rank: int | None = None, grain: int =
     transposition moves q, dout, lse, delta and dq: H (8 D + 8) bytes a row and hop, against 12 H_kv D of ring attention.
     """
     world = layout.world
-    runs, stages = _around(chain_runs(mask.bands.transpose().table, layout, grain), world, rank)
+    runs, stages = _around(_chain(layout, mask, grain, False), world, rank)
     queries, partials = _hops(world, runs, What.Q), _hops(world, runs, What.OUT)
     last = _last_hops(runs, world)
     home = _hops(world, last, What.OUT)
@@ -52,6 +53,12 @@ def query_ring(layout: Layout, mask: Mask, rank: int | None = None, grain: int =
     partials = partials[runs.hop > 1]
     transfers = np.concatenate([queries, partials, home])
     return _plan("query_ring", layout, mask, runs, rank, key_side=False, transfers=transfers, stages=stages + (stages > 1))
+
+
+@lru_cache(maxsize=1)
+def _chain(layout: Layout, mask: Mask, grain: int, key_side: bool) -> Runs:
+    """Kept for the views of several ranks, which are made one after the other."""
+    return chain_runs((mask.bands if key_side else mask.bands.transpose()).table, layout, grain)
 
 
 def _around(runs: Runs, world: int, rank: int | None) -> tuple[Runs, int]:

@@ -34,6 +34,6 @@ def small_config(folder: Path, world_size: int = 1, **changes: object) -> Config
 
 SMALL: dict[str, dict[str, object]] = {
     "model": {"dim": 16, "layers": 2, "heads": 4, "kv_heads": 2, "hidden_dim": 32},
-    "data": {"sequence_length": 64, "held_out": 0.1},
+    "data": {"sequence_length": 64, "held_out": 0.1, "workers": 0},
     "train": {"steps": 6, "warmup_steps": 2, "learning_rate": 1e-2, "loss_rows": 24, "eval_sequences": 2, "device": "cpu"},
 }

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from distattn.config import BACKENDS, SCHEDULES, Config, check, describe, load_config
+from distattn.config import BACKENDS, SCHEDULES, Config, ParallelConfig, check, check_speeds, describe, load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -45,6 +45,15 @@ def test_the_file_is_read_and_words_come_after_it(file: Path) -> None:
         ("parallel.ulysses=0", "at least 1"),
         ("parallel.ulysses=3", "does not divide"),
         ("parallel.rotate=k", "parallel.rotate"),
+        ("parallel.speeds=equl", "Did you mean 'equal'"),
+        ("parallel.speeds=2", "neither equal nor measure nor a list of positive numbers"),
+        ("parallel.speeds=[1,-1]", "neither equal nor measure nor a list of positive numbers"),
+        ("parallel.speeds=[1,fast]", "neither equal nor measure nor a list of positive numbers"),
+        ("parallel.speeds=[1,2]", "of use to disaggregate only: zigzag gives ranks their work whatever their speed"),
+        ("data.workers=2", "must be 1, or 0"),
+        ("parallel.stages=2", "stages is an option of gather, disaggregate; zigzag has none. Leave it out."),
+        ("parallel.in_flight=2", "in_flight is an option of tree; zigzag has none"),
+        ("parallel.layout=striped", "ask for schedule 'ring'"),
         ("parallel.backend=tritn", "Did you mean 'triton'"),
         ("model.dtype=float31", "Did you mean 'float32'"),
         ("model.kv_heads=3", "model.kv_heads=2"),
@@ -125,6 +134,14 @@ def test_auto_leaves_nothing_to_choose(name: str, value: object) -> None:
         check(config, 2)
 
 
+def test_the_cluster_of_auto_is_read_before_ranks_start() -> None:
+    config = Config()
+    config.data.path = "somewhere"
+    config.parallel.schedule, config.parallel.cluster = "auto", "h10"
+    with pytest.raises(ValueError, match="Did you mean 'h100'"):
+        check(config, 2)
+
+
 def test_schedules_are_those_that_there_are() -> None:
     from distattn.parallel.schedules import SCHEDULES as known
 
@@ -135,3 +152,12 @@ def test_backends_are_those_that_there_are() -> None:
     from distattn.kernels import RANKING
 
     assert sorted(BACKENDS) == sorted(RANKING)
+
+
+def test_speeds_are_one_number_a_rank() -> None:
+    check_speeds(ParallelConfig("disaggregate", speeds=[1, 1, 0.5, 1]), cp=4)
+    check_speeds(ParallelConfig(speeds="measure"), cp=4)
+    with pytest.raises(ValueError, match="has 2 numbers for the 4 ranks that share a sequence"):
+        check_speeds(ParallelConfig("disaggregate", speeds=[1, 1]), cp=4)
+    with pytest.raises(ValueError, match="less than 1/64 of the fastest"):
+        check_speeds(ParallelConfig("disaggregate", speeds=[1, 0.01]), cp=2)

@@ -88,6 +88,7 @@ def test_heads_traded_for_tokens_are_one_device(folder: Path, alone, gloo: Pool,
     "changes",
     [
         {"parallel__schedule": "double_ring", "parallel__node_devices": 2},
+        {"parallel__schedule": "disaggregate", "parallel__smallest": 8, "parallel__speeds": [1, 1, 0.5, 1]},
         pytest.param({"parallel__schedule": "gather", "parallel__stages": 2}, marks=pytest.mark.slow),
         pytest.param({"parallel__schedule": "tree", "parallel__node_devices": 2}, marks=pytest.mark.slow),
         pytest.param({"parallel__schedule": "zigzag", "parallel__rotate": "q"}, marks=pytest.mark.slow),

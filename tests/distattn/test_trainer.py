@@ -13,6 +13,7 @@ from distattn.config import Config, TrainConfig
 from distattn.metrics import read
 from distattn.parallel.executor import Executor
 from distattn.parallelize import make_world
+from distattn.prefetch import Job
 from distattn.trainer import Result, Trainer, learning_rate
 from tests.distattn.small_run import small_config, small_tokens
 
@@ -111,7 +112,9 @@ def test_sequences_of_one_step_are_one_mean(folder: Path) -> None:
     one = trainer(small_config(folder, train__sequences_per_step=3, train__clip_norm=0.0))
     labels = [one.packer.sequence(number).labels for number in range(3)]
     assert len(set(labels)) > 1, "sequences with as many labels each would show nothing"
-    mean = sum(one.loss_sum(one.packer, number) for number in range(3)) / sum(labels)
+    counted, sequences = one.prefetch.open(Job(False, range(3), (0, 1, 2)))
+    assert counted == sum(labels)
+    mean = sum(one.loss_sum(sequence) for sequence in sequences) / sum(labels)
     gradients = torch.autograd.grad(mean, list(one.model.parameters()))
     expected = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
     loss, norm = one.take_step()
@@ -124,7 +127,8 @@ def test_clipping_shortens_the_gradient(folder: Path) -> None:
     from distattn.trainer import clip
 
     one = trainer(small_config(folder))
-    one.loss_sum(one.packer, 0).backward()
+    _, (sequence,) = one.prefetch.open(Job(False, range(1), (0,)))
+    one.loss_sum(sequence).backward()
     before = clip(one.model, 0.0)
     assert clip(one.model, 1.0).item() == pytest.approx(before.item())
     assert clip(one.model, 0.0).item() == pytest.approx(1.0, rel=1e-4)

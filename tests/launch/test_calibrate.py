@@ -44,7 +44,7 @@ class Model(Bench):
     def launch(self, *_: Any) -> Callable[[], None]:
         return lambda: None
 
-    def seconds(self, work: Callable[[], Any]) -> float:
+    def seconds(self, name: tuple[Any, ...], work: Callable[[], Any]) -> float:
         return 1.0
 
 
@@ -54,7 +54,7 @@ def test_the_fit_predicts(monkeypatch: pytest.MonkeyPatch) -> None:
     shares = {32: {16: 0.2, 64: 0.5, 256: 0.6, 1024: 0.7}, 64: {16: 0.3, 64: 0.5, 256: 0.7, 1024: 0.8}}
     shares[128] = {16: 0.2, 64: 0.4, 256: 0.8, 1024: 0.9}
     curve = {"launch_us": 200, "band_us": 300, "memory_gb_s": 3, "efficiency": shares}
-    kernel = {"peak_tflops": {"float32": 0.1}, "units": 1, "tile": 1, "diagonal_rows": 500}
+    kernel = {"peak_tflops": {"float32": 0.1}, "units": 1, "tile": 1, "diagonal_rows": {64: 60, 1536: 500}}
     kernel |= {"forward": curve, "backward": curve | {"launch_us": 600, "memory_gb_s": 2}}
     host = {"pass_us": 0, "stage_us": 0, "message_us": 0, "copy_gb_s": 1, "asynchronous": False}
     known = {"name": "a", "nodes": 1, "devices": 1, "memory_gb": 1, "kernel": kernel, "host": host}
@@ -64,7 +64,7 @@ def test_the_fit_predicts(monkeypatch: pytest.MonkeyPatch) -> None:
     found = measure_kernel(cpu, said.append)
     assert len(said) == 2 * (1 + 3 + 1)
     assert found["peak_tflops"] == {"float32": 0.1, "bfloat16": 0.1}
-    assert found["diagonal_rows"] == pytest.approx(500, rel=0.1)
+    assert found["diagonal_rows"][1536] == pytest.approx(500, rel=0.15) and found["diagonal_rows"][64] <= 64
     assert [found[way]["launch_us"] for way in ("forward", "backward")] == pytest.approx([200, 600], abs=1)
     fitted = Model(read_cluster(known | {"kernel": found}, "fitted"), cpu.grid)
     directions: tuple[Direction, ...] = ("forward", "backward")

@@ -27,7 +27,7 @@ def description(**changes: Any) -> dict[str, Any]:
             "peak_tflops": {"float32": 1, "bfloat16": 1},
             "units": 1,
             "tile": 1,
-            "diagonal_rows": 0,
+            "diagonal_rows": {128: 0},
             "forward": curve,
             "backward": copy.deepcopy(curve),
         },

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -122,6 +124,16 @@ def test_memory_is_no_less_than_a_run_allocates(strategy):
     allocated = max(run_ranks(8, work, timeout=60.0))
     found = price(strategy, mask, 8, shape, cluster).buffer_bytes
     assert allocated <= found <= (1.02 if strategy.ulysses == 1 else 2.5) * allocated
+
+
+@pytest.mark.parametrize("n", [1 << 20, 1 << 22])
+def test_hundreds_of_documents_on_512_ranks_are_decided_in_seconds(n):
+    """Target 2 s of one core (0.5 and 0.7 measured); schedules that lose by their links alone are not simulated."""
+    mask = packed(n, 4096)
+    begin = time.process_time()
+    decision = decide(mask, 512, GQA, load_cluster("h200"))
+    assert time.process_time() - begin < 4
+    assert not any(c.price for c in decision.candidates if c.strategy.schedule == "tree" and c.strategy.layout != "contiguous")
 
 
 def test_choices_of_one_kind_are_made_once_and_no_other_mask_is_of_that_kind():

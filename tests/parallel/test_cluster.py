@@ -36,13 +36,13 @@ def test_kernels_by_shape() -> None:
     assert rate(64, 64, 64 * 65 // 2) == pytest.approx(0.5)  # a triangle is as good as a square
     assert rate(64, 4096, 64 * 128) == pytest.approx(0.25 / 4)  # a narrow band is not
     assert rate(16, 16, shape=Shape(4, 2, 128, 128, torch.float32)) == pytest.approx(0.5)
-    wide = cluster(kernel__units=16, kernel__tile=128, kernel__forward__memory_gb_s=1, kernel__diagonal_rows=64)
+    wide = cluster(kernel__units=16, kernel__tile=128, kernel__forward__memory_gb_s=1, kernel__diagonal_rows={64: 64})
     spent = wide.task_seconds(np.array([256 * 512]), np.array([256]), np.array([512]), SHAPE, "forward")
     rows = 256 * 4 * (64 * 4 + 2 * 65 * 4) + 512 * ROW
     assert spent == pytest.approx([2 * seconds(256, 512) + rows / 1e9])  # 4 heads x 2 tiles on 16 units
     together = wide.task_seconds(*(np.array([x, x]) for x in (256 * 512, 256, 512)), SHAPE, "forward", np.array([0, 0]))
     assert together == pytest.approx([seconds(256, 512) + rows / 1e9] * 2)
-    diagonal = cluster(kernel__diagonal_rows=64)
+    diagonal = cluster(kernel__diagonal_rows={64: 64})
     triangle, window = 512 * 513 // 2, 512 * 100  # a window of 100 has an edge more; never more than the area again
     for n, area, vain in ((512, triangle, 32 * 512), (32, 528, 496), (512, window, 64 * 512), (512, 5120, 5120)):
         spent = diagonal.task_seconds(*(np.array([x]) for x in (area, n, n)), SHAPE, "forward")

@@ -69,7 +69,10 @@ def check_lanes(comm: Communicator) -> None:
 
 
 def check_gathers(comm: Communicator) -> None:
-    assert comm.all_gather_bytes(bytes([comm.rank]) * comm.rank) == [bytes([rank]) * rank for rank in range(comm.world)]
+    for length in (1, 40):  # short enough to travel with their sizes, and not all of them
+        assert comm.all_gather_bytes(bytes([comm.rank]) * length * comm.rank) == [
+            bytes([rank]) * length * rank for rank in range(comm.world)
+        ]
     rows = [3, 0, 5, 1][: comm.world]
     for dtype in (torch.float32, torch.bfloat16, torch.int64):
         parts = comm.all_gather_rows(torch.full((rows[comm.rank], 2, 3), comm.rank, dtype=dtype), rows)

@@ -25,6 +25,7 @@ from distattn.parallel.schedule import Schedule, make_schedule
 from distattn.parallel.schedules import SCHEDULES
 from distattn.parallel.shape import Shape
 from distattn.parallel.statistics import exchange_bytes, schedule_bytes
+from distattn.parallel.steps import run
 from distattn.parallel.strategy import Strategy
 from distattn.parallel.verify import PlanError, _heads_once, verify_schedule
 from tests.parallel.plans import MASKS, make_mask
@@ -134,11 +135,11 @@ def exchanged(
     exchange = HeadExchange(shape, rows, part)
     local = slice(exchange.row_ptr[part], exchange.row_ptr[part + 1])
     q, k, v, out, lse = (x[local] for x in full)
-    inputs = exchange.inputs(exchange.send_inputs(comm, q, k, v, 1))
+    inputs = exchange.inputs(run(exchange.send_inputs(comm, q, k, v, 1)))
     heads = slice(exchange.mine.start, exchange.mine.stop)
-    outputs = exchange.return_outputs(comm, full[3][:, heads], full[4][:, heads], 1)
-    upstream = exchange.send_upstream(comm, out, lse, 2)
-    gradients = exchange.return_gradients(comm, *grads[part], 2)  # type: ignore[arg-type]
+    outputs = run(exchange.return_outputs(comm, full[3][:, heads], full[4][:, heads], 1))
+    upstream = run(exchange.send_upstream(comm, out, lse, 2))
+    gradients = run(exchange.return_gradients(comm, *grads[part], 2))  # type: ignore[arg-type]
     return tuple(list(x) for x in (inputs, outputs, upstream, gradients))
 
 
@@ -192,7 +193,7 @@ def test_an_exchange_that_a_rank_does_not_come_to_is_an_error_that_says_so() -> 
     def work(comm: Communicator) -> None:
         x = torch.zeros(2, 2, 4)
         if comm.rank != 1:
-            HeadExchange(shape, [2, 2], comm.rank).send_inputs(comm, x, x, x, 7)
+            run(HeadExchange(shape, [2, 2], comm.rank).send_inputs(comm, x, x, x, 7))
 
     with pytest.raises(PeerError, match="from rank 1.*forward pass 7: head exchange: q, k and v"):
         run_ranks(2, work, timeout=2)

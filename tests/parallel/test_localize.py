@@ -15,7 +15,7 @@ from distattn.parallel import layout as layouts
 from distattn.parallel import localize as localize_module
 from distattn.parallel import mask as masks
 from distattn.parallel.layout import Layout
-from distattn.parallel.localize import local_bands
+from distattn.parallel.localize import local_bands, seen_positions
 from distattn.parallel.mask import Mask
 
 
@@ -163,3 +163,22 @@ def test_a_window_meets_only_segments_near_it() -> None:
     found = local_bands(mask, layout, *np.divmod(np.arange(16), 4))
     assert time.process_time() - begin < 4  # 16384 segments a shard: 0.3 s; their square would take a minute
     assert areas(found.table).sum() == mask.bands.area
+
+
+@settings(deadline=None, max_examples=100)
+@given(problems(), st.integers(0, 60), st.integers(0, 60))
+def test_what_ranks_see_and_hold_as_counted_position_by_position(problem: tuple[Mask, Layout], first: int, stop: int) -> None:
+    """Seen runs hold what is seen and nothing else; of windows narrower than the step they may leave out, never add."""
+    mask, layout = problem
+    runs = seen_positions(mask, layout, np.arange(layout.world))
+    visible = dense(mask.bands.table, mask.n_tokens, mask.n_tokens) > 0
+    narrow = (mask.bands.table[:, 5] - mask.bands.table[:, 4] + 1 < layout.step).any()
+    for rank in range(layout.world):
+        own = layout.positions(rank)
+        seen = visible[own[own < layout.n_valid]].any(0)
+        counted = np.zeros(mask.n_tokens, dtype=bool)
+        for _, a, b in zip(*(column[runs.key == rank] for column in runs), strict=True):
+            counted[a:b] = True
+        assert not (counted & ~seen).any() and (narrow or np.array_equal(counted, seen))
+        rows = layout.rows_before(np.array(rank), np.array([first, stop]))
+        assert rows.tolist() == [int((own < min(at, layout.n_tokens)).sum()) for at in (first, stop)]
