@@ -35,6 +35,17 @@ class Strip(NamedTuple):
         """Its rows [start, stop)."""
         return Strip(self.cell, start, stop, self.seen + start - self.start, self.cap)
 
+    def last_rows(self, most: int) -> int:
+        """From where on its rows have at most ``most`` pairs."""
+        low, high = self.start, self.stop
+        while low < high:
+            middle = (low + high) // 2
+            if self.part(middle, self.stop).below(self.cap) <= most:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
     @property
     def reach(self) -> int:
         """Keys that its last row sees."""

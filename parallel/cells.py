@@ -133,7 +133,7 @@ class Cells:
     def __len__(self) -> int:
         return len(self.rank)
 
-    def load(self, world: int) -> np.ndarray:
-        """Visible pairs of the rows of each rank, int64 [world]."""
-        sums = np.concatenate([[0], np.cumsum(self.work)])
+    def load(self, world: int, work: np.ndarray) -> np.ndarray:
+        """Sums of ``work`` of the cells over each rank, int64 [world]."""
+        sums = np.concatenate([[0], np.cumsum(work)])
         return np.diff(sums[np.searchsorted(self.rank, np.arange(world + 1))])

@@ -1,34 +1,69 @@
-"""Shedding: which work an over-loaded rank gives away, and what it keeps."""
+"""Shedding: what an over-loaded rank gives away, and what it keeps.
+
+It gives tails of its longest documents, whose rows buy most pairs, or what its rows do with keys that it would have to receive.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from math import isqrt
 from typing import NamedTuple
 
-from distattn.parallel.carve import Strip, Weights
-from distattn.parallel.cells import Groups
+import numpy as np
+
+from distattn.parallel.carve import Region, Strip, Weights
+from distattn.parallel.cells import Cells, Groups
 
 WHOLE = 1 << 60
 
 
 class RowStrip(NamedTuple):
-    """Rows [start, stop) of a cell whose rows are never cut by keys: its keys count as one."""
+    """Rows [start, stop) of a cell that are never cut by keys: as a :class:`~distattn.parallel.carve.Strip` of one key."""
 
     cell: int
     start: int
     stop: int
+    work: int  # visible pairs
     group: int
     groups: Groups
 
-    cap = 1
-    seen = 1
-    reach = 1
+    @property
+    def cap(self) -> int:
+        return 1
+
+    @property
+    def seen(self) -> int:
+        return 1
+
+    @property
+    def reach(self) -> int:
+        return 1
 
     def below(self, keys: int) -> int:
-        return self.groups.rows_work(self.group, self.start, self.stop) if keys > 0 else 0
+        """All pairs, or none."""
+        return self.work if keys > 0 else 0
 
     def part(self, start: int, stop: int) -> RowStrip:
-        return self._replace(start=start, stop=stop)
+        """Its rows [start, stop)."""
+        return RowStrip(self.cell, start, stop, self.groups.rows_work(self.group, start, stop), self.group, self.groups)
+
+
+@dataclass
+class Pool:
+    """Work of one document that is given away."""
+
+    group: int
+    by_keys: bool
+    strips: list[Strip | RowStrip] = field(default_factory=list)
+
+    @property
+    def work(self) -> int:
+        """Visible pairs."""
+        return sum(s.below(WHOLE) for s in self.strips)
+
+    def region(self) -> Region:
+        """All of it, for :func:`~distattn.parallel.carve.carve`."""
+        return Region(tuple(self.strips), 0, WHOLE).trimmed()
 
 
 class Source(NamedTuple):
@@ -76,7 +111,8 @@ def give(source: Source, amount: int, typical: int, weights: Weights, groups: Gr
     n, smallest = source.stop - source.start, weights.smallest
     if not source.plain:
         at = _snap(source.tail(amount, 0, groups), source, smallest)
-        return [RowStrip(source.cell, at, source.stop, source.group, groups)]
+        work = groups.rows_work(source.group, at, source.stop)
+        return [RowStrip(source.cell, at, source.stop, work, source.group, groups)]
     parts = max(1, -(-amount // max(typical, 1)))
     rows = _snap(source.tail(amount, 0, groups), source, smallest)
     whole: list[Strip | RowStrip] = [source.strip(rows)]
@@ -105,7 +141,7 @@ def _snap(at: int, source: Source, smallest: int) -> int:
     return min(at, source.stop - smallest)
 
 
-def amounts(sources: list[Source], excess: int, wanted_keys: int, groups: Groups) -> list[int]:
+def amounts(sources: list[Source], excess: int, wanted_keys: int) -> list[int]:
     """How much each source gives, longest documents first, so that together they give ``excess``.
 
     Rows that see fewer than about ``wanted_keys`` keys are worth less than they cost to move, so a document gives those only when
@@ -128,3 +164,81 @@ def amounts(sources: list[Source], excess: int, wanted_keys: int, groups: Groups
             if not excess:
                 return given
     return given
+
+
+class Shed(NamedTuple):
+    """What is given away, and what is left."""
+
+    pools: list[Pool]
+    short: list[RowStrip]  # documents of ranks that keep nothing, which no server wants alone
+    kept: np.ndarray  # pairs that each rank keeps, int64 [world]
+    held: dict[int, dict[int, int]]  # by group and rank with room: the first keys of the group, which the rank has anyway
+
+
+def shed(groups: Groups, cells: Cells, load: np.ndarray, shares: np.ndarray, weights: Weights) -> Shed:
+    """What every rank above its share gives away; and ranks below it, of documents that are cut, where their keys cost too much.
+
+    Args:
+        load: pairs of the rows of each rank, int64 [world].
+        shares: the most that each may compute, int64 [world].
+    """
+    room = np.sort(shares - load)
+    room = room[room > 0]
+    typical = int(room[(len(room) - 1) // 2]) if len(room) else 1
+    wanted = isqrt(typical * weights.query_row // weights.kv_row)
+    sources = _sources(groups, cells)
+    bounds = np.searchsorted(cells.rank, np.arange(len(load) + 1))
+    kept = load.copy()
+    pools: dict[int, Pool] = {}
+    for rank in np.flatnonzero(load > shares).tolist():
+        mine = sources[bounds[rank] : bounds[rank + 1]]
+        for source, amount in zip(mine, amounts(mine, int(load[rank] - shares[rank]), wanted), strict=True):
+            if amount:
+                strips = give(source, amount, typical, weights, groups)
+                pools.setdefault(source.group, Pool(source.group, source.plain)).strips += strips
+                kept[rank] -= sum(s.below(WHOLE) for s in strips)
+    held: dict[int, dict[int, int]] = {}
+    touched = np.isin(cells.group, np.array(sorted(pools), dtype=np.int64)) & groups.plain[cells.group]
+    for cell in np.flatnonzero(touched & (load <= shares)[cells.rank]).tolist():
+        source, rank = sources[cell], int(cells.rank[cell])
+        if _too_dear(source, int(shares[rank] - kept[rank]), weights):
+            pools[source.group].strips.append(source.strip(source.start, source.before))
+            kept[rank] -= (source.stop - source.start) * source.before
+        else:
+            mine_held = held.setdefault(source.group, {})
+            mine_held[rank] = max(mine_held.get(rank, 0), source.before + source.stop - source.start)
+    return Shed(*_gathered(pools, shares, typical, cells, groups), kept, held)
+
+
+def _too_dear(source: Source, room: int, weights: Weights) -> bool:
+    """Whether a rank with room for more pays more for the keys before its rows than for other work instead."""
+    if not source.before:
+        return False
+    q, kv, rows = weights.query_row, weights.kv_row, source.stop - source.start
+    keep = kv * source.before + min(2 * isqrt(q * kv * room), q * room // (source.before + rows))
+    return 2 * isqrt(q * kv * (room + rows * source.before)) * 11 // 10 < keep
+
+
+def _gathered(
+    pools: dict[int, Pool], shares: np.ndarray, typical: int, cells: Cells, groups: Groups
+) -> tuple[list[Pool], list[RowStrip]]:
+    """The pools in the order of their documents, and the rows of short documents that leave a rank altogether."""
+    big: list[Pool] = []
+    short: list[RowStrip] = []
+    for group in sorted(pools):
+        pool = pools[group]
+        pool.strips.sort(key=lambda s: s.start)
+        if 4 * pool.work < typical and all(shares[cells.rank[s.cell]] == 0 for s in pool.strips):
+            short += [RowStrip(s.cell, s.start, s.stop, s.below(WHOLE), group, groups) for s in pool.strips]
+        else:
+            big.append(pool)
+    return big, short
+
+
+def _sources(g: Groups, c: Cells) -> list[Source]:
+    offset = c.first - g.first[c.group]
+    seen = offset + g.lead[c.group]
+    before = np.clip(c.first - g.k0[c.group], 0, np.minimum(g.keys[c.group], seen))
+    last = g.work_before(c.group, c.stop) - g.work_before(c.group, c.stop - 1)
+    columns = (np.arange(len(c)), c.group, c.first, c.stop, c.work, g.plain[c.group], seen, g.keys[c.group], before, last)
+    return [Source(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
