@@ -1,7 +1,7 @@
 """Lengths of packed documents for experiments, from a seed: the same on every machine and numpy for ever.
 
-All arithmetic is in integers. ``heavy_tail`` is a log-normal body with a heavy tail, fitted to the percentiles that DistCA (Zhuang et
-al.) publishes of its pretraining mix: mean 3,962 tokens, median 3,227, 99th percentile 26k, longest 125k.
+All arithmetic is in integers. ``heavy_tail`` is a log-normal body with a heavy tail, fitted to the percentiles that DistCA
+(Zhuang et al.) publishes of its pretraining mix: mean 3,962 tokens, median 3,227, 99th percentile 26k, longest 125k.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 from distattn.data import scatter
 
 _ONE = 1 << 20
-# Quantiles of `heavy_tail`, straight lines between them: (probability * 2**20, tokens). To 31/32 a log-normal of median 3,227 and sigma
-# 0.2, from there on the published tail; sigma and the two inner points of the tail give the published mean.
+# Quantiles of `heavy_tail`, straight lines between them: (probability * 2**20, tokens). To 31/32 a log-normal of median 3,227
+# and sigma 0.2, from there on the published tail; sigma and the two inner points of the tail give the published mean.
 _HEAVY_TAIL = (
     (0, 1899),
     (16384, 2098),
@@ -41,8 +41,8 @@ def document_lengths(kind: str, tokens: int, seed: int, mean: int = 4096, multip
     """Lengths of documents that fill ``tokens`` positions, int64 [documents]; the last one is cut.
 
     Args:
-        kind: ``heavy_tail``; ``uniform`` from 1 to 2 * mean - 1; ``bimodal``: 15 of 16 documents of mean / 2, one of 8.5 * mean, each up to
-            a quarter longer or shorter; ``giant``: the first document takes half of the tokens, the others are uniform.
+        kind: ``heavy_tail``; ``uniform`` from 1 to 2 * mean - 1; ``bimodal``: 15 of 16 documents of mean / 2, one of 8.5 * mean,
+            each up to a quarter longer or shorter; ``giant``: the first document has half of all tokens, the others are uniform.
         mean: tokens of a document, of all kinds but ``heavy_tail``.
         multiple: lengths are rounded down to a multiple of it, and are at least that.
 
@@ -52,7 +52,8 @@ def document_lengths(kind: str, tokens: int, seed: int, mean: int = 4096, multip
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, n=1)
         raise ValueError(
-            f"There are no document lengths {kind!r}. Kinds are {', '.join(KINDS)}." + (f" Did you mean {near[0]}?" if near else "")
+            f"There are no document lengths {kind!r}. Kinds are {', '.join(KINDS)}."
+            + (f" Did you mean {near[0]}?" if near else "")
         )
     if min(tokens, mean, multiple) < 1:
         raise ValueError(f"tokens={tokens}, mean={mean} and multiple={multiple} must be 1 or more.")

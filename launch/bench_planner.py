@@ -1,12 +1,13 @@
-"""What core-attention disaggregation plans: balance, traffic against a lower bound, and planning time. Needs no GPU, starts no ranks.
+"""What core-attention disaggregation plans: balance, traffic against a lower bound, planning time. Needs no GPU, starts no ranks.
 
 python launch/bench_planner.py                          on document lengths of the project's own heavy-tailed generator
 python launch/bench_planner.py --lengths FILE.gz        also on lengths from a file, one a line
 python launch/bench_planner.py --heads 64:64            other heads; --window 4096 limits what a row sees
 
-Documents are packed one after the other and cut where the ranks' tokens end; rank r holds the r-th run of them. Traffic counts, a
-token, 1 for each row of keys and values that a rank receives, once, and H / H_kv for each query row that is computed elsewhere, its
-way there and its output's back. Bytes are exact: bfloat16, but float32 for gradients and for results of rows that are split by keys.
+Documents are packed one after the other and cut where the ranks' tokens end; rank r holds the r-th run of them. Traffic counts,
+a token, 1 for each row of keys and values that a rank receives, once, and H / H_kv for each query row that is computed elsewhere,
+its way there and its output's back. Bytes are exact: bfloat16, but float32 for gradients and for results of rows that are split
+by keys.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distattn.launch.doctor import Parser, print_line
 
@@ -81,23 +82,25 @@ class Row:
 
     def line(self) -> str:
         """A row of the table."""
-        mean, distance = statistics.mean(self.traffic), statistics.mean(self.traffic) / max(statistics.mean(self.bound), 1e-9)
-        peers = PEERS.get(self.setting) if self.heads == "64:8" and not self.window and self.source != "heavy_tail" else None
-        theirs = f"{peers[0]:6.2f} {peers[1]:6.2f}" if peers else "     -      -"
-        cut = [rows for rows in self.smallest if rows]
-        return (
-            f"{self.source[:12]:12} {self.setting:8} {statistics.mean(self.before):6.2f} {statistics.mean(self.balance):7.4f} "
-            f"{max(self.balance):7.4f} {mean:8.3f} {max(self.traffic):7.3f} {statistics.mean(self.bound):7.3f} {distance:6.2f} {theirs} "
-            f"{statistics.mean(self.forward_mb):8.1f} {statistics.mean(self.backward_mb):8.1f} {statistics.mean(self.busiest):7.2f} "
-            f"{max(self.busiest):7.2f} {min(cut, default=0):6d} {statistics.median(self.plan_ms):8.2f}"
-        )
+        mean, bound = statistics.mean(self.traffic), statistics.mean(self.bound)
+        compared = self.heads == "64:8" and not self.window and self.source == "file"
+        peers = PEERS.get(self.setting) if compared else None
+        cut = min((rows for rows in self.smallest if rows), default=0)
+        cells = [
+            f"{self.source[:10]:10} {self.setting:8} {statistics.mean(self.before):6.2f}",
+            f"{statistics.mean(self.balance):7.4f} {max(self.balance):7.4f}",
+            f"{mean:7.3f} {max(self.traffic):7.3f} {bound:7.3f} {mean / max(bound, 1e-9):6.2f}",
+            f"{peers[0]:6.2f} {peers[1]:6.2f}" if peers else "     -      -",
+            f"{statistics.mean(self.forward_mb):7.1f} {statistics.mean(self.backward_mb):7.1f}",
+            f"{statistics.mean(self.busiest):6.2f} {max(self.busiest):6.2f} {cut:5d} {statistics.median(self.plan_ms):7.2f}",
+        ]
+        return " ".join(cells)
 
 
 HEADER = (
-    "                      largest load over mean      units a token, lower bound     peers: DistCA   MB received a rank  busiest over mean"
-    "  rows  plan\n"
-    "lengths      ranks    before    mean   worst     mean   worst   bound  ratio        Magi  forward backward    mean   worst least"
-    "       ms"
+    f"{'':18} load: largest over mean      units a token           bound         peers of   MB received  busiest, least    plan\n"
+    f"lengths    ranks    before    mean   worst    mean   worst   bound  ratio DistCA   Magi     fwd     bwd   mean  worst"
+    "  rows      ms"
 )
 
 
@@ -105,10 +108,16 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = Parser("bench_planner.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--settings", default=SETTINGS, metavar="PxT,...", help=f"ranks x tokens of a rank (default: {SETTINGS})")
-    made.add_argument("--lengths", type=Path, metavar="FILE", help="also draw documents from this file, .gz or not, one length a line")
-    made.add_argument("--kind", default="heavy_tail", help="document_lengths of the project's own (default: heavy_tail; none: without)")
+    made.add_argument(
+        "--lengths", type=Path, metavar="FILE", help="also draw documents from this file, .gz or not, one length a line"
+    )
+    made.add_argument(
+        "--kind", default="heavy_tail", help="document_lengths of the project's own (default: heavy_tail; none: without)"
+    )
     made.add_argument("--heads", default="64:8", help="query:key heads of size 128 (default: 64:8)")
-    made.add_argument("--window", type=int, default=0, metavar="N", help="keys that a row sees at most (default: 0, all before it)")
+    made.add_argument(
+        "--window", type=int, default=0, metavar="N", help="keys that a row sees at most (default: 0, all before it)"
+    )
     made.add_argument("--seeds", type=int, default=20, metavar="N", help="seeds 0 to N - 1 (default: 20)")
     made.add_argument("--tolerance", type=float, default=0.02, help="largest load over mean, less 1 (default: 0.02)")
     made.add_argument("--smallest", type=int, default=128, metavar="ROWS", help="of a piece of a document (default: 128)")
@@ -132,7 +141,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     rows, refused = [], 0
-    print_line(f"heads {asked.heads}, window {mask_window or 'none'}, tolerance {asked.tolerance}, seeds 0 to {asked.seeds - 1}\n{HEADER}")
+    print_line(
+        f"heads {asked.heads}, window {mask_window or 'none'}, tolerance {asked.tolerance}, seeds 0 to {asked.seeds - 1}\n"
+        + HEADER
+    )
     for name, draw in sources.items():
         for setting in settings:
             row = Row(name, str(setting), asked.heads, mask_window)
@@ -210,7 +222,7 @@ def _measure(
     tokens = setting.world * setting.tokens
     layout, mask = contiguous(tokens, setting.world), documents(lengths, window=asked.window or None)
     unit = shape.heads // shape.kv_heads
-    cost = Cost(kv_row=1, query_row=unit, partial_row=unit)
+    cost = Cost(kv_row=2, query_row=2 * unit, partial_row=3 * unit)
     spent = []
     for _ in range(asked.repeat):
         begin = time.perf_counter()

@@ -1,8 +1,8 @@
 """Who computes which piece of core attention: equal time on every rank for few bytes.
 
 Core-attention disaggregation (Zhuang et al., "Efficient Long-context Language Model Training by Core Attention Disaggregation"):
-documents stay where they are, pieces of their attention go where there is time. Three steps, all in integers with stable sorts, so
-that every rank makes the same assignment without a word:
+documents stay where they are, pieces of their attention go where there is time. Three steps, all in integers with stable sorts,
+so that every rank makes the same assignment without a word:
 
     shed    ranks above their share choose what to give away
     match   servers with room are told which document they help with, so that few help with two
@@ -19,12 +19,13 @@ import numpy as np
 
 from distattn.parallel.assign_cost import Cost
 from distattn.parallel.assignment import KV, Assignment, Load
-from distattn.parallel.carve import Piece, Strip, Uncut, Weights, carve
+from distattn.parallel.carve import Piece, Uncut, Weights, carve
 from distattn.parallel.cells import Cells, Groups
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
 from distattn.parallel.match import Full, Matching
-from distattn.parallel.shed import RowStrip, shed
+from distattn.parallel.shed import shed
+from distattn.parallel.strips import RowStrip, Strip
 
 GRAINS = (512, 256, 128)  # parts of a share that are left free to round cuts in, tried in this order
 ONE = 1 << 20  # speeds and tolerances are fractions of it
@@ -127,13 +128,16 @@ def _solve(problem: _Problem, tolerance: float, weights: Weights | None = None) 
     total, whole = int(load.sum()), int(problem.parts.sum())
     grown = ONE + int(tolerance * ONE)
     shares = np.array([total * part * grown // (whole * ONE) for part in problem.parts.tolist()], dtype=np.int64)
-    weights = weights or Weights(cost.query_row, cost.kv_row, problem.smallest)
+    # Whether rows will be split by keys is not known before they are cut: about half of them are.
+    weights = weights or Weights(cost.query_row + cost.partial_row, 2 * cost.kv_row, problem.smallest)
     for grain in GRAINS:
         work = shed(groups, cells, load, shares, weights)
         given = [strip for pool in work.pools for strip in pool.strips] + list(work.short)
         room = np.maximum(shares - work.kept, 0)
         with suppress(Full, Uncut):
-            matching = Matching(work, room.tolist(), weights, max(1, int(shares.max()) // grain), cells.rank.tolist(), cost.devices)
+            matching = Matching(
+                work, room.tolist(), weights, max(1, int(shares.max()) // grain), cells.rank.tolist(), cost.devices
+            )
             pieces = matching.pieces
             for pool, chosen in matching.shares:
                 pieces = pieces + carve(pool.region(), chosen, weights)
@@ -163,8 +167,8 @@ def _refusal(problem: _Problem, tolerance: float) -> str:
         if _solve(problem, looser) is not None:
             break
     said = (
-        f"tolerance={tolerance} cannot be kept with smallest={problem.smallest}: no cut of {problem.mask!r} on {problem.layout!r} "
-        f"was found that leaves every rank at most {1 + tolerance:g} times its part of the work. "
+        f"tolerance={tolerance} cannot be kept with smallest={problem.smallest}: no cut of {problem.mask!r} on "
+        f"{problem.layout!r} was found that leaves every rank at most {1 + tolerance:g} times its part of the work. "
         f"tolerance={looser:g} can be kept"
     )
     for smaller in (problem.smallest // 4, problem.smallest // 16, 1):

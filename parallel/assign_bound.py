@@ -1,15 +1,15 @@
 """A lower bound on what any assignment of a given balance must move, for packed documents on contiguous shards.
 
-Pairs whose query and key both lie on rank r are free there. Of all others rank r can win, for k received keys and x received query
-rows, at most
+Pairs whose query and key both lie on rank r are free there. Of all others rank r can win, for k received keys and x received
+query rows, at most
 
     rows * k            its own rows of the document that reaches into it from the left, k <= the keys before them
     keys * x            its own keys of the document that reaches out to the right, x <= the rows after them
     x * k               received rows against received keys, of one document at a time
 
-and all that a rank does not hold must be won somewhere: at least the whole work less what the ranks hold for free. Each rank's cost
-as a function of what it wins is replaced by its convex hull, and the cheapest pairs of all ranks are bought first (the fractional
-knapsack). Every step only lowers the figure; neither piece sizes nor whether pieces fit together are looked at.
+and all that a rank does not hold must be won somewhere: at least the whole work less what the ranks hold for free. Each rank's
+cost as a function of what it wins is replaced by its convex hull, and the cheapest pairs of all ranks are bought first (the
+fractional knapsack). Every step only lowers the figure; neither piece sizes nor whether pieces fit together are looked at.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def _costs(won: np.ndarray, edges: _Edges, width: int, kv_row: int, query_row: i
     """The least it costs each rank to win so many pairs, by the bounds above, float64, shaped as ``won``.
 
     With k received keys of the document on the left and x received rows of the one on the right, the rest is won with more rows
-    against those k, with more keys against those x, or by received rows against received keys of another document. Each of the three
-    is concave or convex in k and in x alone, so that its least value lies at an end, or where a derivative is 0.
+    against those k, with more keys against those x, or by received rows against received keys of another document. Each of the
+    three is concave or convex in k and in x alone, so that its least value lies at an end, or where a derivative is 0.
     """
     n, p, m, s = (np.minimum(column, width)[:, None].astype(np.float64) for column in edges[:4])
     one = edges.one[:, None]
@@ -110,7 +110,7 @@ def _costs(won: np.ndarray, edges: _Edges, width: int, kv_row: int, query_row: i
         apart = np.minimum(query_row * rest / np.maximum(k, tiny), kv_row * rest / np.maximum(x, tiny))
         return kv_row * k + query_row * x + np.where(one, more, np.minimum(more, apart))
 
-    def ends(most: np.ndarray, rate: np.ndarray, other: np.ndarray) -> list[np.ndarray]:
+    def ends(most: np.ndarray, rate: np.ndarray, other: np.ndarray | float) -> list[np.ndarray]:
         zero = np.zeros_like(won)
         return [zero, zero + most, np.maximum(won - other, 0.0) / np.maximum(rate, tiny)]
 

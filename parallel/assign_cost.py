@@ -88,9 +88,13 @@ class Cost:
         world = len(load.work)
         compute = load.work * self.pair_seconds / (np.ones(world) if speeds is None else np.maximum(speeds, 1e-12))
         flow = load.flows
-        there = np.array([self.kv_row, self.query_row, self.partial_row])[flow.kind] * flow.rows
         near = (flow.src // self.devices == flow.dst // self.devices) if self.devices else np.ones(len(flow.src), dtype=bool)
-        seconds = there * np.where(near, self.near_seconds, self.far_seconds)
-        # What goes there and what comes back share the weight; both ends are charged with all of it, links are full duplex.
-        ends = [np.bincount(end, weights=seconds, minlength=world) for end in (flow.src, flow.dst)]
-        return np.maximum(compute, np.maximum(*ends))
+        each = flow.rows * np.where(near, self.near_seconds, self.far_seconds)
+        # A query row and a finished one weigh alike; links carry both directions at the same time.
+        there = np.array([self.kv_row, self.query_row / 2, self.query_row / 2])[flow.kind] * each
+        back = np.array([0.0, self.query_row / 2, self.partial_row - self.query_row / 2])[flow.kind] * each
+        out, into = (
+            np.bincount(one, weights=there, minlength=world) + np.bincount(other, weights=back, minlength=world)
+            for one, other in ((flow.src, flow.dst), (flow.dst, flow.src))
+        )
+        return np.maximum(compute, np.maximum(out, into))

@@ -24,7 +24,7 @@ class Assignment:
         server: the rank that computes.
         owner: the rank that holds the queries.
         q_start, q_stop: rows of the owner's shard.
-        k_first, k_stop: global positions of the keys; from 0 and to n_tokens where no key before or after is left to another piece.
+        k_first, k_stop: global positions of the keys; from 0, to n_tokens where no key before, after is left to another piece.
     """
 
     server: np.ndarray

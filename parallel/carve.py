@@ -12,55 +12,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from distattn.parallel.strips import RowStrip, Strip
 
 PATIENCE = 32  # cuts tried for each share before a region is given up
-
-
-class Strip(NamedTuple):
-    """Rows [start, stop) (positions) of ``cell``; row i sees the first min(cap, seen + i - start) keys of its group."""
-
-    cell: int
-    start: int
-    stop: int
-    seen: int
-    cap: int
-
-    def below(self, keys: int) -> int:
-        """Visible pairs among the first ``keys`` keys."""
-        top, rows = min(keys, self.cap), self.stop - self.start
-        rising = min(max(top - self.seen, 0), rows)
-        return rising * self.seen + rising * (rising - 1) // 2 + (rows - rising) * top
-
-    def part(self, start: int, stop: int) -> Strip:
-        """Its rows [start, stop)."""
-        return Strip(self.cell, start, stop, self.seen + start - self.start, self.cap)
-
-    def last_rows(self, most: int) -> int:
-        """From where on its rows have at most ``most`` pairs."""
-        low, high = self.start, self.stop
-        while low < high:
-            middle = (low + high) // 2
-            if self.part(middle, self.stop).below(self.cap) <= most:
-                high = middle
-            else:
-                low = middle + 1
-        return low
-
-    @property
-    def reach(self) -> int:
-        """Keys that its last row sees."""
-        return min(self.cap, self.seen + self.stop - self.start - 1)
-
-    def seen_by_last(self, keys: int) -> int:
-        """Keys that its last row sees of a group of ``keys``, whatever the cap."""
-        return min(keys, self.seen + self.stop - self.start - 1)
 
 
 class Piece(NamedTuple):
     """Keys [k_first, k_stop) of the group for the rows of ``strip``, computed by ``server``."""
 
     server: int
-    strip: Strip
+    strip: Strip | RowStrip
     k_first: int
     k_stop: int
 
@@ -90,7 +51,7 @@ class _Cut(NamedTuple):
 class Region(NamedTuple):
     """Keys [k_first, k_stop) of ``strips``."""
 
-    strips: tuple[Strip, ...]
+    strips: tuple[Strip | RowStrip, ...]
     k_first: int
     k_stop: int
 
@@ -101,7 +62,7 @@ class Region(NamedTuple):
 
     def trimmed(self) -> Region:
         """Without rows and keys that see nothing of each other."""
-        strips = []
+        strips: list[Strip | RowStrip] = []
         for s in self.strips:
             if s.reach > self.k_first:
                 strips.append(s if s.seen > self.k_first else s.part(s.start + self.k_first + 1 - s.seen, s.stop))
@@ -114,12 +75,14 @@ class Region(NamedTuple):
 
     def cut_rows(self, least: int, wanted: int, most: int, smallest: int) -> _Cut | None:
         """The lower rows with between ``least`` and ``most`` pairs, near ``wanted``; None where no cut leaves whole shards."""
-        before = 0
-        for index, s in enumerate(self.strips):
-            work = s.below(self.k_stop) - s.below(self.k_first)
+        index, before = 0, 0
+        while index < len(self.strips) - 1:
+            work = self.strips[index].below(self.k_stop) - self.strips[index].below(self.k_first)
             if before + work >= wanted:
                 break
             before += work
+            index += 1
+        s = self.strips[index]
         rows = self._rows_for(s, wanted - before)
         count = s.stop - s.start
         for at in _allowed(rows, count, smallest):
@@ -131,7 +94,7 @@ class Region(NamedTuple):
                     return _Cut(self._replace(strips=lower).trimmed(), self._replace(strips=upper).trimmed())
         return None
 
-    def _rows_for(self, s: Strip, wanted: int) -> int:
+    def _rows_for(self, s: Strip | RowStrip, wanted: int) -> int:
         """The number of first rows of ``s`` that comes nearest to ``wanted`` pairs."""
         low, high = 0, s.stop - s.start
         while low < high:
@@ -144,7 +107,8 @@ class Region(NamedTuple):
             return low + 1
         return low
 
-    def _first(self, s: Strip, rows: int) -> int:
+    def _first(self, s: Strip | RowStrip, rows: int) -> int:
+        """Pairs of the first ``rows`` of ``s``."""
         part = s.part(s.start, s.start + rows)
         return part.below(self.k_stop) - part.below(self.k_first)
 

@@ -1,8 +1,8 @@
 """Cells: what a mask asks of each run of rows on each rank, document by document, in closed form.
 
 A *group* is a connected part of the mask: the bands whose queries or keys have positions in common, a packed document in most
-masks. A *cell* is the rows of one group in one segment of one rank. In a *plain* group, one band without a lower limit, row i sees
-the first ``seen(i) = min(keys, i - first + lead)`` keys of the group (causal, full), and its rows can also be cut by keys.
+masks. A *cell* is the rows of one group in one segment of one rank. In a *plain* group, one band without a lower limit, row i
+sees the first ``seen(i) = min(keys, i - first + lead)`` keys of the group (causal, full), and its rows can also be cut by keys.
 """
 
 from __future__ import annotations
@@ -78,12 +78,14 @@ class Groups:
     def rows_work(self, group: int, start: int, stop: int) -> int:
         """Visible pairs of the rows [start, stop) of ``group``, for single rows ranges: no arrays."""
         begin, end = int(self.ptr[group]), int(self.ptr[group + 1])
-        return sum(_band_rows(*self._bands[band], start, stop) for band in range(begin, end))
+        work = 0
+        for q0, q1, k0, k1, lo, hi in self._bands[begin:end]:
+            work += _band_rows(max(q0, start), min(q1, stop), k0, k1, lo, hi)
+        return work
 
 
-def _band_rows(q0: int, q1: int, k0: int, k1: int, lo: int, hi: int, start: int, stop: int) -> int:
-    """Pairs of a band whose query is in [start, stop)."""
-    q0, q1 = max(q0, start), min(q1, stop)
+def _band_rows(q0: int, q1: int, k0: int, k1: int, lo: int, hi: int) -> int:
+    """Pairs of one band."""
     if q0 >= q1:
         return 0
     n, m = q1 - q0, k1 - k0
@@ -119,9 +121,7 @@ class Cells:
         start = layout.seg_start[order]
         stop = start + layout.seg_count[order]
         # Neither segments nor groups overlap among themselves, so both ends rise.
-        group, place = expand(
-            np.searchsorted(stop, groups.first, side="right"), np.searchsorted(start, groups.stop, side="left")
-        )
+        group, place = expand(np.searchsorted(stop, groups.first, side="right"), np.searchsorted(start, groups.stop, side="left"))
         segment = order[place]
         first, last = np.maximum(groups.first[group], start[place]), np.minimum(groups.stop[group], stop[place])
         rank, row = layout.seg_rank[segment], layout.seg_row[segment] + first - start[place]

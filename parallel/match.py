@@ -5,10 +5,11 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from math import isqrt
 
-from distattn.parallel.carve import Piece, Share, Strip, Weights
-from distattn.parallel.shed import WHOLE, Pool, RowStrip, Shed
+from distattn.parallel.carve import Piece, Share, Weights
+from distattn.parallel.shed import Pool, Shed
+from distattn.parallel.strips import WHOLE, RowStrip, Strip
 
-NEAR = 8  # how many of the largest servers are looked at for one of the pool's own node
+NEAR = 64  # how many of the largest servers are looked at for one of the pool's own node
 PAIRS = 32  # how many of the largest servers are tried as one of two that hold what is left of a pool
 
 
@@ -29,7 +30,8 @@ class Matching:
     def __init__(self, work: Shed, room: list[int], weights: Weights, grain: int, cell_rank: list[int], devices: int):
         self.work, self.weights, self.grain, self.devices, self.cell_rank = work, weights, grain, devices, cell_rank
         self.free = sorted((pairs - grain, server) for server, pairs in enumerate(room) if pairs > 2 * grain)
-        self.slack = sum(pairs for pairs, _ in self.free) - sum(x.work for x in (*work.pools, *work.short))
+        self.slack = sum(pairs for pairs, _ in self.free) - sum(pool.work for pool in work.pools)
+        self.slack -= sum(s.work for s in work.short)
         self.pieces: list[Piece] = []  # that need no carving
         self.shares: list[tuple[Pool, list[Share]]] = []
         if self.slack < 0:

@@ -11,41 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distattn.parallel.carve import Region, Strip, Weights
+from distattn.parallel.carve import Region, Weights
 from distattn.parallel.cells import Cells, Groups
-
-WHOLE = 1 << 60
-
-
-class RowStrip(NamedTuple):
-    """Rows [start, stop) of a cell that are never cut by keys: as a :class:`~distattn.parallel.carve.Strip` of one key."""
-
-    cell: int
-    start: int
-    stop: int
-    work: int  # visible pairs
-    group: int
-    groups: Groups
-
-    @property
-    def cap(self) -> int:
-        return 1
-
-    @property
-    def seen(self) -> int:
-        return 1
-
-    @property
-    def reach(self) -> int:
-        return 1
-
-    def below(self, keys: int) -> int:
-        """All pairs, or none."""
-        return self.work if keys > 0 else 0
-
-    def part(self, start: int, stop: int) -> RowStrip:
-        """Its rows [start, stop)."""
-        return RowStrip(self.cell, start, stop, self.groups.rows_work(self.group, start, stop), self.group, self.groups)
+from distattn.parallel.strips import WHOLE, RowStrip, Strip
 
 
 @dataclass
@@ -186,11 +154,13 @@ def shed(groups: Groups, cells: Cells, load: np.ndarray, shares: np.ndarray, wei
     room = room[room > 0]
     typical = int(room[(len(room) - 1) // 2]) if len(room) else 1
     wanted = isqrt(typical * weights.query_row // weights.kv_row)
-    sources = _sources(groups, cells)
-    bounds = np.searchsorted(cells.rank, np.arange(len(load) + 1))
+    over = np.flatnonzero(load > shares)
+    giving = np.flatnonzero((load > shares)[cells.rank])
+    sources = _sources(groups, cells, giving)
+    bounds = np.searchsorted(cells.rank[giving], np.arange(len(load) + 1)).tolist()
     kept = load.copy()
     pools: dict[int, Pool] = {}
-    for rank in np.flatnonzero(load > shares).tolist():
+    for rank in over.tolist():
         mine = sources[bounds[rank] : bounds[rank + 1]]
         for source, amount in zip(mine, amounts(mine, int(load[rank] - shares[rank]), wanted), strict=True):
             if amount:
@@ -199,8 +169,8 @@ def shed(groups: Groups, cells: Cells, load: np.ndarray, shares: np.ndarray, wei
                 kept[rank] -= sum(s.below(WHOLE) for s in strips)
     held: dict[int, dict[int, int]] = {}
     touched = np.isin(cells.group, np.array(sorted(pools), dtype=np.int64)) & groups.plain[cells.group]
-    for cell in np.flatnonzero(touched & (load <= shares)[cells.rank]).tolist():
-        source, rank = sources[cell], int(cells.rank[cell])
+    for source in _sources(groups, cells, np.flatnonzero(touched & (load <= shares)[cells.rank])):
+        rank = int(cells.rank[source.cell])
         if _too_dear(source, int(shares[rank] - kept[rank]), weights):
             pools[source.group].strips.append(source.strip(source.start, source.before))
             kept[rank] -= (source.stop - source.start) * source.before
@@ -235,10 +205,11 @@ def _gathered(
     return big, short
 
 
-def _sources(g: Groups, c: Cells) -> list[Source]:
-    offset = c.first - g.first[c.group]
-    seen = offset + g.lead[c.group]
-    before = np.clip(c.first - g.k0[c.group], 0, np.minimum(g.keys[c.group], seen))
-    last = g.work_before(c.group, c.stop) - g.work_before(c.group, c.stop - 1)
-    columns = (np.arange(len(c)), c.group, c.first, c.stop, c.work, g.plain[c.group], seen, g.keys[c.group], before, last)
+def _sources(g: Groups, c: Cells, chosen: np.ndarray) -> list[Source]:
+    """The cells numbered ``chosen``."""
+    group, first, stop = c.group[chosen], c.first[chosen], c.stop[chosen]
+    seen = first - g.first[group] + g.lead[group]
+    before = np.clip(first - g.k0[group], 0, np.minimum(g.keys[group], seen))
+    last = g.work_before(group, stop) - g.work_before(group, stop - 1)
+    columns = (chosen, group, first, stop, c.work[chosen], g.plain[group], seen, g.keys[group], before, last)
     return [Source(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]

@@ -7,7 +7,6 @@ import pytest
 
 from distattn.document_lengths import KINDS, document_lengths
 
-
 FIRST = [4096, 3328, 3376, 2528, 3104, 3040, 3664, 3040]
 
 

@@ -14,7 +14,20 @@ def test_a_small_run_has_every_figure(tmp_path: Path, capsys: pytest.CaptureFixt
     lengths = tmp_path / "lengths.txt"
     lengths.write_text("\n".join(["700", "900", "30", "12000"]) + "\n")
     out, png = tmp_path / "out.json", tmp_path / "out.png"
-    words = ["--settings", "8x2k", "--seeds", "2", "--repeat", "1", "--lengths", str(lengths), "--out", str(out), "--png", str(png)]
+    words = [
+        "--settings",
+        "8x2k",
+        "--seeds",
+        "2",
+        "--repeat",
+        "1",
+        "--lengths",
+        str(lengths),
+        "--out",
+        str(out),
+        "--png",
+        str(png),
+    ]
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert "file" in shown and "heavy_tail" in shown

@@ -101,7 +101,9 @@ def test_every_pair_once_and_nobody_above_the_limit(data: st.DataObject) -> None
     flow = load.flows
     assert np.bincount(flow.dst, flow.rows * (flow.kind == KV), world).tolist() == keys.tolist()
     assert np.bincount(flow.dst, flow.rows * (flow.kind != KV), world).tolist() == queries.tolist() or PARTIAL in flow.kind
-    part = np.array([0.0 if servers is not None and r not in servers else 1.0 if speeds is None else speeds[r] for r in range(world)])
+    part = np.array(
+        [0.0 if servers is not None and r not in servers else 1.0 if speeds is None else speeds[r] for r in range(world)]
+    )
     assert (work <= (1 + tolerance) * work.sum() * part / part.sum() + 1).all()
     assert load.smallest == 0 or load.smallest >= smallest
 

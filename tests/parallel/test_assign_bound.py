@@ -37,7 +37,9 @@ def test_pairs_across_the_beginning_of_a_shard(lengths: list[int], world: int, w
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(1, 900), min_size=1, max_size=8), st.integers(2, 6), st.sampled_from([1, 8]), st.none() | st.just(100))
+@given(
+    st.lists(st.integers(1, 900), min_size=1, max_size=8), st.integers(2, 6), st.sampled_from([1, 8]), st.none() | st.just(100)
+)
 def test_no_assignment_moves_less(lengths: list[int], world: int, query_row: int, window: int | None) -> None:
     n = sum(lengths)
     if n < world:
