@@ -61,7 +61,7 @@ class Cost:
         curve = cluster.curve(direction)
         share = curve.share(np.minimum(sides, pairs // sides * 2), shape.d)
         each = shape.heads * pair_flops(shape, direction) / (cluster.peak(shape) * share)
-        each *= 1 + np.minimum(0.5 * cluster.kernel.diagonal_rows * sides, pairs) / pairs
+        each *= 1 + np.minimum(0.5 * cluster.kernel.diagonal(sides) * sides, pairs) / pairs
         slow = np.rint(each / each[-1] * ONE).astype(np.int64)
         near = 1 / (cluster.inside.port_gb_s * 1e9)
         far = near if cluster.between is None else max(near, 1 / (cluster.between.nic_gb_s * 1e9))
