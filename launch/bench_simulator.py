@@ -97,6 +97,7 @@ class Row:
     predicted_forward: float
     predicted_step: float
     spread: float = 0.0  # of the rounds of the step, as a part of their median
+    others: float = 0.0  # part of the cores that other programs had in the worst of these rounds
 
     @property
     def error(self) -> float:
@@ -192,25 +193,27 @@ def measure(communicator: Communicator, case: Case, cluster: Cluster, rounds: in
         *inputs, dout = (torch.randn(shape) for shape in shapes)
         attend = partial(cp.attention, plan=plan)
         work[schedule] = lambda both, a=attend, i=inputs, d=dout: clock(cpu, partial(step, a, i, d, both))  # type: ignore[misc]
-    turns = quiet_turns(communicator, work, rounds)
+    turns, others = quiet_turns(communicator, work, rounds)
     rows = []
     for schedule in SCHEDULES:
         forward, both = ([turn[schedule, x] for turn in turns] for x in (False, True))
         predicted = predict(schedule, case, communicator.world, cluster)
         medians = statistics.median(forward), statistics.median(both)
-        rows.append(Row(communicator.world, str(case), schedule, *medians, *predicted, spread(both)))
+        rows.append(Row(communicator.world, str(case), schedule, *medians, *predicted, spread(both), others))
         row = rows[-1]
         predicted = f"predicted {row.predicted_step * 1e3:.1f} ({row.error:+.0%})"
-        say(f"{row.world} ranks, {case}, {schedule}: {row.step * 1e3:.1f} ms, {predicted}")
+        busy = f", OTHER PROGRAMS had {others:.0%} of the cores" if others > QUIET else ""
+        say(f"{row.world} ranks, {case}, {schedule}: {row.step * 1e3:.1f} ms +- {row.spread:.0%}, {predicted}{busy}")
     return rows
 
 
 def quiet_turns(
     communicator: Communicator, work: dict[str, Callable[[bool], float]], rounds: int
-) -> list[dict[tuple[str, bool], float]]:
-    """Seconds of the slowest rank by (schedule, whether backward too), turn by turn; the same on all ranks.
+) -> tuple[list[dict[tuple[str, bool], float]], float]:
+    """(seconds of the slowest rank by (schedule, whether backward too), turn by turn; the most that others had of the cores).
 
-    A turn in which other programs were busy is taken again, up to three times as many in all; then the quietest count.
+    The same on all ranks. A turn in which other programs were busy is taken again, up to three times as many in all; then the
+    quietest count.
     """
     turns: list[tuple[float, int, dict[tuple[str, bool], float]]] = []
     load = OtherLoad(communicator)
@@ -226,7 +229,8 @@ def quiet_turns(
             turns.append((others, turn, seconds))
         if sum(share <= QUIET for share, _, _ in turns) == rounds:
             break
-    return [seconds for _, _, seconds in sorted(turns, key=lambda entry: entry[:2])[:rounds]]
+    quietest = sorted(turns, key=lambda entry: entry[:2])[:rounds]
+    return [seconds for _, _, seconds in quietest], quietest[-1][0]
 
 
 def spread(seconds: list[float]) -> float:
@@ -262,7 +266,13 @@ def report(rows: list[Row]) -> None:
         print(f"{world} ranks, step: {errors(row.error for row in mine)}; forward alone: {errors(r.forward_error for r in mine)}")
         for schedule in dict.fromkeys(row.schedule for row in mine):
             print(f"  {schedule}: {errors(row.error for row in mine if row.schedule == schedule)}")
-    print(f"all: {errors(row.error for row in rows)}")
+    print(f"all: {errors(row.error for row in rows)}; spread of rounds {statistics.median(row.spread for row in rows):.1%}")
+    quiet = [row for row in rows if row.others <= QUIET]
+    if len(quiet) < len(rows):
+        found = errors(row.error for row in quiet) if quiet else "none"
+        print(
+            f"OTHER PROGRAMS had more than {QUIET:.0%} of the cores in {len(rows) - len(quiet)} of {len(rows)}; without: {found}"
+        )
     lost = regrets(rows)
     print(
         f"choosing by prediction costs {statistics.mean(lost):.1%} of the best on average, {max(lost):.1%} at worst", flush=True

@@ -79,8 +79,8 @@ class Bounds:
         key = (*_place(strategy), by_keys)
         if key not in self._kernels:
             self._kernels[key] = self._seconds_of_pieces(look, by_keys)
-        compute = tuple(np.maximum(*both) for both in zip(look.compute, self._kernels[key], strict=True))
-        return replace(look, compute=compute).bound(strategy.schedule)
+        forward, backward = (np.maximum(*both) for both in zip(look.compute, self._kernels[key], strict=True))
+        return replace(look, compute=(forward, backward)).bound(strategy.schedule)
 
     def _look(self, strategy: Strategy) -> _Look:
         if _place(strategy) not in self._looks:

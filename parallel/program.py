@@ -28,7 +28,6 @@ from distattn.parallel.plan import (
     POST,
     Q_OWNER,
     SRC,
-    STAGE,
     START,
     STOP,
     WHAT,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import distattn
-from distattn import ContextParallel, Strategy
+from distattn import Balance, ContextParallel, Strategy
 from distattn.config import Config, ModelConfig
 from distattn.metrics import read
 from distattn.model import Block, Decoder, NanoBatch, build
@@ -27,6 +27,7 @@ from distattn.trainer import Trainer
 from tests.distattn.small_run import small_config, small_tokens
 from tests.workers import Pool
 
+SHARED_OUT = Strategy("disaggregate", balance=Balance(smallest=4))
 STRATEGIES = [
     Strategy("zigzag"),
     Strategy("ring", keep="none"),
@@ -35,6 +36,7 @@ STRATEGIES = [
     Strategy("double_ring", devices=2),
     Strategy("striped", ulysses=2),
     Strategy("ring", ulysses=4),
+    SHARED_OUT,
 ]
 LAYERS = 2
 MODEL = ModelConfig(vocab_size=32, dim=16, layers=LAYERS, heads=4, kv_heads=2, hidden_dim=24, dtype="float64")
@@ -271,6 +273,7 @@ CASES = [
     (Strategy("ring", keep="none"), [first_beside_dense, last_beside_dense]),
     (Strategy("gather", stages=1), [first_beside_dense, second_beside_kernels]),
     (Strategy("tree"), [first_beside_dense, last_beside_dense]),
+    (SHARED_OUT, [first_beside_dense, last_beside_dense]),
     (Strategy("ring", ulysses=4), [first_beside_dense, second_beside_kernels, first_home_beside_kernels, last_beside_dense]),
 ]
 

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from distattn.data import make_packers
 from distattn.metrics import read
+from distattn.parallel.mask import documents
+from distattn.parallel.plan import WHAT, What
+from distattn.parallel.schedule import make_schedule
+from distattn.parallel.strategy import Balance, Strategy
 from distattn.parallelize import make_world
 from distattn.trainer import Trainer
 from tests.distattn.small_run import small_config, small_tokens
@@ -101,6 +106,15 @@ def test_every_schedule_is_one_device(folder: Path, alone, gloo: Pool, changes: 
     for rank in gloo(4).run(losses_of_rank, str(folder), runs, timeout=400):
         for found in rank.values():
             assert_equal(found, alone["float64"], TOLERANCE["float64"])
+
+
+def test_what_disaggregate_trains_on_here_moves_queries(folder: Path) -> None:
+    """Else its run above would be one in which everybody stays at home."""
+    config = small_config(folder, 4, data__sequence_length=128)
+    packer, _ = make_packers(config)
+    strategy = Strategy("disaggregate", balance=Balance(smallest=8, speeds=(2, 2, 1, 2)))
+    plans = [make_schedule(strategy, documents(packer.sequence(i).lengths.tolist()), 4).forward for i in range(20)]
+    assert sum(What.Q in plan.transfers[:, WHAT] for plan in plans) > 10
 
 
 def test_data_and_context_axes_together_are_one_device(folder: Path, gloo: Pool) -> None:

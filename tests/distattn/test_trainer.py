@@ -171,8 +171,8 @@ def test_a_run_that_is_lost_leaves_the_checkpoints_from_before(folder: Path) -> 
 def attention_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each time that attention was computed forward."""
     runs: list[int] = []
-    forward = Executor.forward
-    monkeypatch.setattr(Executor, "forward", lambda self, *arguments: runs.append(1) or forward(self, *arguments))
+    forward = Executor.forward_steps
+    monkeypatch.setattr(Executor, "forward_steps", lambda self, *arguments: runs.append(1) or forward(self, *arguments))
     return runs
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,15 +16,19 @@ from distattn.kernels.bands import Band
 from distattn.kernels.reference import Reference
 from distattn.parallel import layout as layouts
 from distattn.parallel import mask as masks
+from distattn.parallel.cluster import load_cluster
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
 from distattn.parallel.plan import DST, LANE, NEED, OWNER, POST, Q_OWNER, RANK, SRC, STAGE, START, STOP, WHAT, Plan, What
+from distattn.parallel.price import price
+from distattn.parallel.schedules import make_plan
 from distattn.parallel.schedules.double_ring import double_ring
 from distattn.parallel.schedules.gather import gather
 from distattn.parallel.schedules.ring import ring
 from distattn.parallel.schedules.tree import tree
 from distattn.parallel.shape import Shape
 from distattn.parallel.statistics import peak_buffer_rows, wasted_rows, work
+from distattn.parallel.strategy import Strategy
 from distattn.parallel.transpose import transpose
 from distattn.parallel.verify import verify
 from tests.parallel.attend import check, exact, make_problem, on_threads
@@ -219,6 +224,24 @@ def test_a_part_may_end_inside_a_shard():
     problem = make_problem(small, torch.float64, d=4)
     for keep in KEEPS:
         check(on_threads(plan, transpose(plan, keep), problem, Reference()), exact(problem), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("mask", "world", "devices", "parts"),
+    [
+        (masks.sliding_window(32 * 8192, 4096), 32, 8, 1),  # a neighbour's rows hide behind own work
+        (masks.full(8 * 8192), 8, None, 1),
+        (masks.full(32 * 8192), 32, 8, 8),  # too much for the network to hide in one part
+        (masks.causal(32 * 65536), 32, 8, 4),
+    ],
+)
+def test_gather_by_name_takes_the_parts_that_cost_least(mask, world, devices, parts):
+    """On the H200 nodes that its figures are from: what the simulator finds best of 1, 2, 4 and 8. The same on all ranks."""
+    strategy = Strategy("gather", devices=devices)
+    assert {make_plan(strategy, mask, world, rank=rank).stages for rank in (0, world // 2, world - 1)} == {parts + 1}
+    cluster, shape = load_cluster("h200"), Shape(32, 8, 128, 128, torch.bfloat16)
+    seconds = {n: price(replace(strategy, stages=n), mask, world, shape, cluster, compile_below=0).seconds for n in (1, 2, 4, 8)}
+    assert seconds[parts] == min(seconds.values())
 
 
 @pytest.mark.parametrize("seed", range(6))
