@@ -27,7 +27,9 @@ from distattn.parallel.match import Full, Matching
 from distattn.parallel.shed import shed
 from distattn.parallel.strips import RowStrip, Strip
 
-GRAINS = (512, 256, 128)  # parts of a share that are left free to round cuts in, tried in this order
+# In this order, until one works: how many parts make a share, one of which is left free to round cuts in, and how much of the
+# tolerance is used: other shares have other cuts.
+ATTEMPTS = ((512, 1.0), (256, 1.0), (128, 1.0), (512, 0.9), (256, 0.8), (512, 0.7), (256, 0.6), (512, 0.5), (256, 0.3))
 ONE = 1 << 20  # speeds and tolerances are fractions of it
 LADDER = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # tolerances among which the least predicted time is sought
 
@@ -126,13 +128,13 @@ def _solve(problem: _Problem, tolerance: float, weights: Weights | None = None) 
     cells = Cells.of(layout, groups)
     load = cells.load(layout.world, cost.stretched(cells.work, cells.stop - cells.first))
     total, whole = int(load.sum()), int(problem.parts.sum())
-    grown = ONE + int(tolerance * ONE)
-    shares = np.array([total * part * grown // (whole * ONE) for part in problem.parts.tolist()], dtype=np.int64)
     # Whether rows will be split by keys is not known before they are cut: about half of them are.
     weights = weights or Weights(cost.query_row + cost.partial_row, 2 * cost.kv_row, problem.smallest)
-    for grain in GRAINS:
+    for grain, used in ATTEMPTS:
+        grown = ONE + int(tolerance * used * ONE)
+        shares = np.array([total * part * grown // (whole * ONE) for part in problem.parts.tolist()], dtype=np.int64)
         work = shed(groups, cells, load, shares, weights)
-        given = [strip for pool in work.pools for strip in pool.strips] + list(work.short)
+        given = [strip for pool in work.pools for strip in pool.strips] + list(work.short) + [p.strip for p in work.visits]
         room = np.maximum(shares - work.kept, 0)
         with suppress(Full, Uncut):
             matching = Matching(
@@ -163,13 +165,12 @@ def _within(problem: _Problem, tolerance: float, receive_rows: int) -> Assignmen
 
 def _refusal(problem: _Problem, tolerance: float) -> str:
     """Which limit binds, and what can be reached."""
-    for looser in [t for t in LADDER if t > tolerance] + [float(problem.layout.world)]:
-        if _solve(problem, looser) is not None:
-            break
+    ladder = [t for t in LADDER if t > tolerance] + [float(problem.layout.world)]
+    kept = next((t for t in ladder if _solve(problem, t) is not None), None)
     said = (
         f"tolerance={tolerance} cannot be kept with smallest={problem.smallest}: no cut of {problem.mask!r} on "
         f"{problem.layout!r} was found that leaves every rank at most {1 + tolerance:g} times its part of the work. "
-        f"tolerance={looser:g} can be kept"
+        + (f"tolerance={kept:g} can be kept" if kept is not None else "No larger tolerance helps")
     )
     for smaller in (problem.smallest // 4, problem.smallest // 16, 1):
         if 0 < smaller < problem.smallest and _solve(problem._replace(smallest=smaller), tolerance) is not None:

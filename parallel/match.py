@@ -32,7 +32,7 @@ class Matching:
         self.free = sorted((pairs - grain, server) for server, pairs in enumerate(room) if pairs > 2 * grain)
         self.slack = sum(pairs for pairs, _ in self.free) - sum(pool.work for pool in work.pools)
         self.slack -= sum(s.work for s in work.short)
-        self.pieces: list[Piece] = []  # that need no carving
+        self.pieces = list(work.visits)  # that need no carving
         self.shares: list[tuple[Pool, list[Share]]] = []
         if self.slack < 0:
             raise Full
@@ -43,7 +43,9 @@ class Matching:
 
     def _fill(self, pool: Pool, pools_left: int) -> None:
         need, region = pool.work, pool.region()
-        least = 2 * self.grain + self.weights.smallest * min(region.k_stop, region.rows, 4096)
+        # About the smallest piece: of rows that may be cut by keys too, or of whole ones.
+        piece = min(region.k_stop, region.rows, 4096) if pool.by_keys else need * 5 // 4 // max(region.rows, 1)
+        least = 2 * self.grain + self.weights.smallest * piece
         chosen: list[Share] = []
         if pool.by_keys and self.free and need >= 2 * self.free[-1][0]:
             need = self._holders(pool, need, least, chosen)
@@ -51,7 +53,7 @@ class Matching:
         while need > 0:
             if not self.free:
                 raise Full
-            taken, waste = self._finishing(need, 2 * self.slack // (pools_left + 1))
+            taken, waste = self._finishing(need, 2 * self.slack // (pools_left + 1), least)
             if taken:
                 for pairs, server in taken:
                     self.free.remove((pairs, server))
@@ -71,7 +73,7 @@ class Matching:
         if chosen:
             self.shares.append((pool, sorted(chosen, key=lambda share: (-share.held, -share.most, share.server))))
 
-    def _finishing(self, need: int, allowed: int) -> tuple[list[tuple[int, int]], int]:
+    def _finishing(self, need: int, allowed: int, least: int) -> tuple[list[tuple[int, int]], int]:
         """One or two servers that hold all of ``need`` and waste at most ``allowed`` pairs: (they, waste), or none."""
         free = self.free
         best: list[tuple[int, int]] = []
@@ -83,7 +85,7 @@ class Matching:
             rest = need - free[one][0]
             if rest > free[one][0]:
                 break
-            if rest <= 0:
+            if rest < least:
                 continue
             at = bisect_left(free, (rest, -1), 0, one)
             # A second piece costs more than a little waste.

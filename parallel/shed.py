@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distattn.parallel.carve import Region, Weights
+from distattn.parallel.carve import Piece, Region, Weights
 from distattn.parallel.cells import Cells, Groups
 from distattn.parallel.strips import WHOLE, RowStrip, Strip
 
@@ -140,6 +140,7 @@ class Shed(NamedTuple):
     pools: list[Pool]
     short: list[RowStrip]  # documents of ranks that keep nothing, which no server wants alone
     kept: np.ndarray  # pairs that each rank keeps, int64 [world]
+    visits: list[Piece]  # rows that go to the rank with the keys before them
     held: dict[int, dict[int, int]]  # by group and rank with room: the first keys of the group, which the rank has anyway
 
 
@@ -177,7 +178,36 @@ def shed(groups: Groups, cells: Cells, load: np.ndarray, shares: np.ndarray, wei
         else:
             mine_held = held.setdefault(source.group, {})
             mine_held[rank] = max(mine_held.get(rank, 0), source.before + source.stop - source.start)
-    return Shed(*_gathered(pools, shares, typical, cells, groups), kept, held)
+    light = groups.plain[cells.group] & ~touched & (load <= shares)[cells.rank]
+    visits = _visits(_sources(groups, cells, np.flatnonzero(light)), cells, shares, kept, weights)
+    return Shed(*_gathered(pools, shares, typical, cells, groups), kept, visits, held)
+
+
+def _visits(sources: list[Source], cells: Cells, shares: np.ndarray, kept: np.ndarray, weights: Weights) -> list[Piece]:
+    """Rows that go to the rank that holds the rows before them, and has the keys, where that is cheaper than all those keys.
+
+    Args:
+        sources: all cells of ranks that give nothing away, of documents that are not cut.
+        kept: is changed by what goes.
+    """
+    saved = {s.cell: weights.kv_row * s.before - weights.query_row * (s.stop - s.start) for s in sources if s.before}
+    neighbour = {(s.group, s.stop): s for s in sources}
+    gone: set[int] = set()
+    visits = []
+    for source in sorted((s for s in sources if saved.get(s.cell, 0) > 0), key=lambda s: (-saved[s.cell], s.cell)):
+        host = neighbour.get((source.group, source.start))
+        strip = source.strip(source.start, source.before)
+        if host is None or host.cell in gone or source.cell in gone:
+            continue
+        rank, work = int(cells.rank[host.cell]), strip.below(WHOLE)
+        if kept[rank] + work > shares[rank]:
+            continue
+        kept[rank] += work
+        kept[int(cells.rank[source.cell])] -= work
+        # The host goes on receiving the keys before its own rows.
+        gone |= {source.cell, host.cell}
+        visits.append(Piece(rank, strip, 0, source.before))
+    return visits
 
 
 def _too_dear(source: Source, room: int, weights: Weights) -> bool:

@@ -237,3 +237,24 @@ def test_a_limit_on_received_rows_is_kept_where_it_can_be() -> None:
         assert f"receive_rows={limit}" in str(error)
     else:
         assert Load.of(found, layout, mask).received(1, 1, 1).max() <= limit
+
+
+def test_few_rows_of_a_long_document_visit_their_keys() -> None:
+    """The last 60 rows of a document go to the rank that holds its 4,000 keys, and not the keys to the rows."""
+    layout, mask = contiguous(8192, 2), documents([60, 4096, 4036])
+    load = Load.of(assign(layout, mask, tolerance=0.1), layout, mask)
+    assert load.rows(KV) == 0 and load.rows(PARTIAL) == 60 and load.smallest == 0
+
+
+def test_servers_of_the_owners_node_come_first() -> None:
+    near = []
+    for devices in (0, 8):
+        share = []
+        for seed in range(3):
+            layout = contiguous(64 * 65536, 64)
+            mask = documents(document_lengths("heavy_tail", 64 * 65536, seed).tolist())
+            flow = Load.of(assign(layout, mask, cost=Cost(devices=devices)), layout, mask).flows
+            weight = np.array([1, 8, 12])[flow.kind] * flow.rows
+            share.append(weight[flow.src // 8 == flow.dst // 8].sum() / weight.sum())
+        near.append(np.mean(share))
+    assert near[1] > 1.5 * near[0]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distattn.parallel.assign import assign
-from distattn.parallel.assign_bound import _edges, _rectangle, _straddling, lower_bound
+from distattn.parallel.assign_bound import _costs, _Edges, _edges, _rectangle, _straddling, lower_bound
 from distattn.parallel.assignment import Load
 from distattn.parallel.cells import Groups
 from distattn.parallel.layout import contiguous, zigzag
@@ -66,3 +66,22 @@ def test_what_it_is_not_for() -> None:
     for layout, mask in ((zigzag(64, 4), causal(64)), (contiguous(64, 4), prefix_lm(64, 8)), (contiguous(2, 4), causal(2))):
         with pytest.raises(ValueError, match="contiguous shards"):
             lower_bound(layout, mask, 0.02)
+
+
+@pytest.mark.parametrize("one", [False, True])
+def test_the_least_cost_of_a_rank_is_that_of_a_fine_search(one: bool) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        rows, before, keys, after = (int(v) for v in rng.integers(0, 4000, 4))
+        if one:
+            rows = keys = max(rows, 1)
+        won = float(rng.integers(1, 4 * 10**7))
+        edges = _Edges(*(np.array([v]) for v in (rows, before, keys, after)), np.array([one]))
+        found = float(_costs(np.array([[won]]), edges, 10**6, 1, 8)[0, 0])
+        k, x = np.linspace(0, before, 601)[:, None], np.linspace(0, after, 601)[None]
+        rest = np.maximum(won - rows * k - keys * x - k * x * one, 0)
+        more = 2 * np.sqrt(8 * rest)
+        if not one:
+            more = np.minimum(more, np.minimum(8 * rest / np.maximum(k, 1e-9), rest / np.maximum(x, 1e-9)))
+        searched = float((k + 8 * x + more).min())
+        assert 0.97 * searched <= found <= searched * (1 + 1e-9)
