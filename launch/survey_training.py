@@ -1,11 +1,11 @@
-"""Training steps of whole models on described clusters: disaggregated attention against layouts that move no tasks. All simulated.
+"""Training steps of whole models on described clusters: disaggregated attention against layouts that move no tasks. Simulated.
 
 python launch/survey_training.py --out runs/training              8B and 34B, 64 to 512 H200, documents up to 128k to 512k
 python launch/survey_training.py --out runs/training --published  only the published ratio, simulated
 
-Every row is one model, number of devices, mix of documents and longest document, the mean over the seeds of step time over that of
-perfect balance (all attention spread evenly, nothing sent), for the best degree and packing of each way. What a step is made of is
-in launch/training_step.py, which ways there are in launch/training_ways.py. Needs no GPU.
+Every row is one model, number of devices, mix of documents and longest document: the mean over the seeds of step time over that
+of perfect balance (all attention spread evenly, nothing sent), for the best degree and packing of each way. What a step is made
+of is in launch/training_step.py, which ways there are in launch/training_ways.py. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--cluster", default="h200", help="a100, h100, h200, l40s, or the path of a description (default: h200)")
     made.add_argument("--models", nargs="+", default=["8b", "34b"], help="of 8b, 34b (default: both)")
     made.add_argument("--worlds", nargs="+", type=int, default=[64, 128, 256, 512], metavar="P", help="devices")
-    made.add_argument("--longest", nargs="+", type=int, default=[128, 256, 512], metavar="K", help="1024 tokens (default: 128 256 512)")
+    made.add_argument(
+        "--longest", nargs="+", type=int, default=[128, 256, 512], metavar="K", help="1024 tokens (default: 128 256 512)"
+    )
     made.add_argument("--mixes", nargs="+", default=["pretrain", "prolong"], help="of pretrain, prolong (default: both)")
     made.add_argument("--each", type=int, default=EACH, metavar="T", help=f"tokens of a device and step (default: {EACH})")
     made.add_argument("--seeds", type=int, default=2, metavar="N", help="seeds 0 to N - 1 (default: 2)")
@@ -80,11 +82,11 @@ def survey_case(case: Case, seed: int, each: int, cluster: Any, kinds: Iterable[
     """The best way of each kind for one seed, with its step in seconds and over that of perfect balance."""
     from distattn.launch.training_mix import mix
     from distattn.launch.training_step import MODELS
-    from distattn.launch.training_ways import Batch, Machines, Survey, moving, rivals
+    from distattn.launch.training_ways import Batch, Machines, Survey, moving, published_rivals, rivals
 
     lengths = mix(case.mix, case.world * each, case.longest, seed)
     survey = Survey(Batch(lengths, case.world, each), MODELS[case.model], Machines(cluster, tensor))
-    ways = [*rivals(survey), *moving(survey)]
+    ways = [*rivals(survey), *published_rivals(survey), *moving(survey)]
     found = {}
     for kind in kinds:
         best = survey.best([way for way in ways if way.kind == kind])

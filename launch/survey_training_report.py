@@ -11,12 +11,12 @@ from typing import Any
 from distattn.launch.survey_training import MOVED, STAY, Case, survey_case
 
 TENSOR = 8
-PACKED = "document zigzag"
+PACKED = "packed"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Published step time of packed documents over that of disaggregation, DistCA (Zhuang et al.) on H200: the range over settings."""
+    """Published step time of packed documents over that of DistCA (Zhuang et al.) on H200: the range over settings."""
 
     model: str
     mix: str
@@ -28,7 +28,10 @@ CLAIMS = (Claim("8b", "pretrain", 1.07, 1.20), Claim("8b", "prolong", 0.97, 1.63
 
 
 def published(asked: argparse.Namespace, cluster: Any, say: Callable[[int, int, str], None]) -> list[dict[str, Any]]:
-    """Packed documents, zigzag inside of each, over disaggregation, both with tensor parallelism in nodes of 8, as published."""
+    """Packed documents over disaggregation, both with tensor parallelism in nodes of 8, as published; and over perfect balance.
+
+    The latter is what a system would reach that hides all its messages, as the published one says of itself.
+    """
     worlds, longest = (64, 128, 256), (128, 256, 512)
     rows: list[dict[str, Any]] = []
     todo = [(claim, world, k) for claim in CLAIMS if claim.model in asked.models for world in worlds for k in longest]
@@ -37,7 +40,8 @@ def published(asked: argparse.Namespace, cluster: Any, say: Callable[[int, int, 
         say(i, len(todo), str(case))
         seeds = [survey_case(case, s, asked.each, cluster, (PACKED, MOVED[0]), TENSOR) for s in range(asked.seeds)]
         ratio = mean([s["ways"][PACKED]["seconds"] / s["ways"][MOVED[0]]["seconds"] for s in seeds])
-        rows.append({**vars(case), "published": [claim.low, claim.high], "ratio": ratio, "seeds": seeds})
+        hidden = mean([s["ways"][PACKED]["over_perfect"] for s in seeds])
+        rows.append({**vars(case), "published": [claim.low, claim.high], "ratio": ratio, "hidden": hidden, "seeds": seeds})
         say(i + 1, len(todo), str(case))
     return rows
 
@@ -49,13 +53,21 @@ def mean(values: Sequence[float]) -> float:
 
 def published_table(rows: list[dict[str, Any]]) -> str:
     """A line a model and mix."""
-    lines = ["| model, mix | packed documents over disaggregate, simulated, least to most (mean) | published |", "|---|---|---|"]
+    lines = [
+        "| model, mix | packed documents over disaggregate, simulated | over perfect balance | published |",
+        "|---|---|---|---|",
+    ]
     for name in dict.fromkeys((row["model"], row["mix"]) for row in rows):
         some = [row for row in rows if (row["model"], row["mix"]) == name]
-        ratios, bounds = [row["ratio"] for row in some], some[0]["published"]
-        worst, best = (f"{f(ratios):.2f}" for f in (min, max))
-        lines.append(f"| {name[0]} {name[1]} | {worst} to {best} ({mean(ratios):.2f}) | {bounds[0]:.2f} to {bounds[1]:.2f} |")
+        low, high = some[0]["published"]
+        cells = [" ".join(name), *(spread([row[key] for row in some]) for key in ("ratio", "hidden")), f"{low:.2f} to {high:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Least, most and mean."""
+    return f"{min(values):.2f} to {max(values):.2f} ({mean(values):.2f})"
 
 
 def over_perfect(record: dict[str, Any], kind: str) -> float | None:
@@ -94,7 +106,9 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     for i, (model, kind) in enumerate((m, k) for m in models for k in mixes):
         for j, length in enumerate(longest):
             axes = panels[i, j]
-            rows = sorted((r for r in records if (r["model"], r["mix"], r["longest"]) == (model, kind, length)), key=lambda r: r["world"])
+            rows = sorted(
+                (r for r in records if (r["model"], r["mix"], r["longest"]) == (model, kind, length)), key=lambda r: r["world"]
+            )
             for way in (*STAY, *MOVED):
                 points = [(r["world"], value) for r in rows if (value := over_perfect(r, way)) is not None]
                 style = "-o" if way in MOVED else "--."

@@ -19,9 +19,9 @@ LONG_FROM = 16 << 10
 def mix(name: str, tokens: int, longest: int, seed: int) -> tuple[int, ...]:
     """Lengths in the order of the loader; the last document is cut where the step ends.
 
-    "pretrain" is the fitted pretraining distribution, every document stretched so that the longest has ``longest`` tokens, as DistCA
-    (Zhuang et al.) does for its longer contexts. "prolong" follows the recipe of ProLong (Gao et al.): short documents beside long
-    ones, many of the longest length.
+    "pretrain" is the fitted pretraining distribution, all documents stretched so that the longest has ``longest`` tokens, as
+    DistCA (Zhuang et al.) does for longer contexts. "prolong" follows the recipe of ProLong (Gao et al.): short documents beside
+    long ones, many of the longest length.
 
     Raises:
         ValueError: an unknown mix, or documents that cannot be that long.
@@ -29,7 +29,9 @@ def mix(name: str, tokens: int, longest: int, seed: int) -> tuple[int, ...]:
     if name not in MIXES:
         raise ValueError(f"There is no mix {name!r}. Use {' or '.join(MIXES)}.")
     if longest < LONG_FROM or tokens < longest:
-        raise ValueError(f"Longest documents of {longest} tokens in steps of {tokens}: use {LONG_FROM} or more, and longer steps.")
+        raise ValueError(
+            f"Longest documents of {longest} tokens in steps of {tokens}: use {LONG_FROM} or more, and longer steps."
+        )
     drawn = _pretrain(tokens, longest, seed) if name == "pretrain" else _prolong(tokens, longest, seed)
     stop = np.minimum(np.cumsum(drawn), tokens)
     lengths = np.diff(stop, prepend=0)

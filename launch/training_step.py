@@ -114,9 +114,7 @@ def gather_seconds(weights: int, world: int, cluster: Cluster, size: int = WEIGH
     return between + inside
 
 
-def step_of(
-    model: Model, cluster: Cluster, world: int, tokens: int, attention: tuple[float, float], tensor: int = 1
-) -> Step:
+def step_of(model: Model, cluster: Cluster, world: int, tokens: int, attention: tuple[float, float], tensor: int = 1) -> Step:
     """A step of ``model``.
 
     Args:

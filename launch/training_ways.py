@@ -1,9 +1,9 @@
-"""Ways to attend to a step's documents over all ranks, each priced by the simulator: those that move no tasks, and disaggregation.
+"""Ways to attend to a step's documents over all ranks, each priced by the simulator: those that move no tasks, and those that do.
 
 A way that moves no tasks shares the ranks among groups of ``cp`` neighbours. Each group takes whole documents, dealt out so that
 the predicted time of the groups is even within what memory bears (document packing as in Wang et al., "WLB-LLM"), and attends to
-them by one schedule on one layout. The step waits for the slowest group: the one with the most predicted work is simulated, so that
-luck among the others favours these ways. With ``cp`` the whole world the batch is one sequence, as the loader packed it.
+them by one schedule on one layout. The step waits for the slowest group: the one with the most predicted work is simulated, so
+that luck among the others favours these ways. With ``cp`` the whole world the batch is one sequence, as the loader packed it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ import numpy as np
 
 from distattn.launch.training_step import Model, Step, dense_seconds, step_of
 from distattn.parallel import layout as layouts
-from distattn.parallel.assign_cost import Cost
 from distattn.parallel.cells import Cells, Groups
 from distattn.parallel.cluster import Cluster
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import documents
-from distattn.parallel.plan import Plan, What
+from distattn.parallel.plan import STAGE, Plan, What
 from distattn.parallel.price import exchanges, slices_of
 from distattn.parallel.schedule import Schedule
 from distattn.parallel.schedules import build_plan
-from distattn.parallel.shape import Shape
 from distattn.parallel.simulate_layer import Call, Dense, simulate_layer
 from distattn.parallel.statistics import peak_buffer_rows
 from distattn.parallel.strategy import Balance, Strategy
@@ -35,7 +33,9 @@ from distattn.parallel.strategy import Balance, Strategy
 SLACKS = (0.02, 0.25)  # tokens that a group may have above its share, as a part of it
 MEMORY_SHARE = 0.25  # of a device, for rows of other ranks
 PARTS_OF_GATHER, PARTS = 4, (1, 2, 4)
-MEETINGS = 1 << 19  # of documents with pairs of ranks: zigzag inside of documents takes minutes to plan with more, and is left out
+MEETINGS = (
+    1 << 19
+)  # of documents with pairs of ranks: zigzag inside of documents takes minutes to plan with more, and is left out
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,16 @@ class Way:
     layout: str  # contiguous, zigzag (of tokens), documents (zigzag inside of each)
     cp: int
     slack: float | None  # None: the batch is one sequence over all ranks
+    waits: bool = False  # for all keys before it computes, and to the end of that with gradients: no overlap
     halves: bool = False  # as two sequences side by side in each layer: one computes while the other's attention travels
 
     def __str__(self) -> str:
         s = self.strategy
         head = f"ulysses {s.ulysses} x " if s.ulysses > 1 else ""
+        head += "even " if s.balance is not None and not s.balance.forward.far_seconds else ""
         parts = f" in {s.stages}" if s.stages else ""
         packed = "" if self.slack is None else f", packed to {self.slack:.0%}"
+        packed += ", nothing overlapped" if self.waits else ""
         halves = ", two side by side" if self.halves else ""
         return f"{head}{s.schedule} {self.layout}{parts}, cp {self.cp}{packed}{halves}"
 
@@ -96,7 +99,7 @@ def pairs(lengths: np.ndarray) -> np.ndarray:
 
 
 def rates(model: Model, cluster: Cluster) -> tuple[float, float]:
-    """Seconds of a device and layer, forward and backward: of a visible pair in long documents, and of a token in the dense part."""
+    """Seconds of a device and layer in both passes: of a visible pair in long documents, and of a token in the dense part."""
     side = np.array([1 << 16])
     area = pairs(side)
     attention = sum(cluster.task_seconds(area, side, side, model.shape, d).item() for d in ("forward", "backward"))
@@ -222,7 +225,12 @@ class Survey:
         u, mask = way.strategy.ulysses, documents(lengths)
         inner = LAYOUTS[way.layout](lengths, way.cp // u)
         layout = layouts.subdivided(inner, u)
-        schedule = Schedule(way.strategy, mask, layout, inner, build_plan(way.strategy, inner, mask), None)
+        plan = build_plan(way.strategy, inner, mask)
+        if way.waits:
+            tasks = plan.tasks.copy()
+            tasks[:, STAGE] = plan.stages - 1
+            plan = replace(plan, tasks=tasks)
+        schedule = Schedule(way.strategy, mask, layout, inner, plan, None)
         part = slices_of(self.shape, u)[0]
         plans = schedule.forward, schedule.backward(schedule.rotation(part))
         around = exchanges(layout, u, self.shape)
@@ -268,18 +276,21 @@ def _ways(cp: int, slack: float | None, survey: Survey) -> Iterator[Way]:
                 yield way
 
 
+def published_rivals(survey: Survey) -> Iterator[Way]:
+    """Packed documents as in Wang et al., "WLB-LLM": zigzag inside of each, keys gathered before and gradients reduced after."""
+    strategy = Strategy("gather", stages=1, keep="none")
+    for way in rivals(survey):
+        if way.kind == "document zigzag" and way.strategy.schedule == "gather":
+            yield replace(way, kind="packed", strategy=strategy, waits=True)
+
+
 def moving(survey: Survey) -> Iterator[Way]:
-    """Disaggregation over all ranks, alone and inside of Ulysses."""
+    """Disaggregation over all ranks, alone and inside of Ulysses: as even as can be, or as predicted to be fastest."""
     cluster, tensor = survey.machines.cluster, survey.machines.tensor
     for u in (1,) if tensor > 1 else (1, cluster.devices):
-        balance = balance_of(slices_of(survey.shape, u)[0], cluster, max(1, cluster.devices // tensor // u))
+        shape = slices_of(survey.shape, u)[0]
+        even, fastest = Balance.of(shape), Balance.timed(cluster, shape, max(1, cluster.devices // tensor // u))
         kind = "disaggregate" if u == 1 else "Ulysses, disaggregate"
-        for stages, halves in product(PARTS, (False, True)):
+        for balance, (stages, halves) in product((even, fastest), ((1, True), *((parts, False) for parts in PARTS))):
             strategy = Strategy("disaggregate", ulysses=u, stages=stages, balance=balance)
             yield Way(kind, strategy, "contiguous", survey.ranks, None, halves)
-
-
-def balance_of(shape: Shape, cluster: Cluster, devices: int) -> Balance:
-    """What a disaggregation weighs and times on a cluster whose nodes have ``devices`` of its ranks."""
-    forward, backward = (replace(Cost.of(cluster, shape, d), devices=devices) for d in ("forward", "backward"))
-    return Balance(forward=forward, backward=backward)

@@ -43,7 +43,7 @@ class Price:
     Attributes:
         forward, backward: seconds of attention with its head exchanges, until the last rank is done.
         exposed: seconds of both in which the rank that lasts longest waited for what was on its way.
-        balance: mask area of the busiest rank over the mean, of the forward pass; where ranks are sampled, of the busiest of those.
+        balance: mask area of the busiest rank over the mean, forward; where ranks are sampled, of the busiest of those.
         bytes_inside, bytes_between: the most that a rank sends to its node, and the most that one sends to others, both passes.
         buffer_bytes: what the executor and the head exchange allocate for rows of others on the rank that holds most rows:
             buffers, messages, and what stays for the backward pass (buffers only, where the programs were not compiled).

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from distattn.parallel.assign import Cost
+from distattn.parallel.cluster import Cluster
 from distattn.parallel.plan import What
 from distattn.parallel.shape import Shape
 from distattn.parallel.transpose import Keep
@@ -20,7 +21,7 @@ class Balance:
     Args:
         forward, backward: what rows weigh in each pass; the backward plan is made for its own.
         tolerance: the most that a rank may have above its share, as a part of it; what cannot be reached is refused. None: 0.02
-            where that can be reached, else a little more.
+            where that can be reached, else a little more; where costs have seconds of links, what is predicted to be fastest.
         receive_rows: rows of queries and keys that a rank may receive; None: as many as it takes.
         smallest: query rows of a piece that leaves its rank, unless its document is shorter.
         speeds: of every rank, relative to each other; None: all alike.
@@ -40,6 +41,12 @@ class Balance:
         forward = Cost(weigh(What.KV), weigh(What.Q, What.DONE), weigh(What.Q, What.OUT))
         query = weigh(What.Q, What.DOUT, What.DQ)
         return cls(forward, Cost(weigh(What.KV, What.DKV), query, query), **options)
+
+    @classmethod
+    def timed(cls, cluster: Cluster, shape: Shape, devices: int, **options: Any) -> Balance:
+        """With bytes and seconds of a cluster whose nodes have ``devices`` of the plan's ranks: the fastest is sought."""
+        costs = (replace(Cost.of(cluster, shape, direction), devices=devices) for direction in ("forward", "backward"))
+        return cls(*costs, **options)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def balanced(layout: Layout, mask: Mask, balance: Balance, backward: bool = Fals
     """
     options: dict[str, Any] = {"receive_rows": balance.receive_rows, "smallest": balance.smallest, "speeds": balance.speeds}
     cost = balance.backward if backward else balance.forward
-    if balance.tolerance is not None:
+    if balance.tolerance is not None or cost.far_seconds > 0:  # with seconds of links the fastest is known
         return assign(layout, mask, cost=cost, tolerance=balance.tolerance, **options)
     for tolerance in TOLERANCES:
         with suppress(ValueError):
