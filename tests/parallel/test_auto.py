@@ -19,8 +19,8 @@ from distattn.parallel.mask import Mask
 from distattn.parallel.price import price, slices_of
 from distattn.parallel.schedule import make_schedule
 from distattn.parallel.shape import Shape
-from distattn.parallel.statistics import schedule_bytes
-from distattn.parallel.strategy import Strategy
+from distattn.parallel.statistics import schedule_bytes, work
+from distattn.parallel.strategy import Balance, Strategy
 
 GQA, MHA = (Shape(h, kv, 128, 128, torch.bfloat16) for h, kv in ((32, 8), (16, 16)))
 
@@ -84,6 +84,16 @@ def test_a_few_ranks_stand_for_all_of_a_large_plan(monkeypatch, strategy, tolera
     assert len(sampled.simulated) < len(whole.simulated) == 32
     assert sampled.seconds == pytest.approx(whole.seconds, rel=tolerance)
     assert sampled.balance == pytest.approx(whole.balance, rel=0.05)
+
+
+@pytest.mark.parametrize("ulysses", [1, 2])
+def test_a_disaggregation_is_priced_whole_on_any_number_of_ranks(ulysses):
+    mask, cluster = packed(1 << 16, 4096), load_cluster("h100")
+    strategy = Strategy("disaggregate", ulysses=ulysses, balance=Balance(tolerance=0.1))
+    found = price(strategy, mask, 128, GQA, cluster)
+    done = work(make_schedule(strategy, mask, 128).forward)
+    assert found.simulated == list(range(128)) and found.balance == done.max() / done.mean() <= 1.11
+    assert found.buffer_bytes > 0 and min(found.bytes_inside, found.bytes_between) > 0
 
 
 @pytest.mark.parametrize(
