@@ -114,6 +114,7 @@ def run_grid(asked: argparse.Namespace, cluster: Any, say: Say) -> list[dict[str
         say(i, len(chosen), str(case))
         seeds = [survey_case(case, seed, asked.each, cluster, (*STAY, *MOVED)) for seed in range(asked.seeds)]
         records.append({**vars(case), "each": asked.each, "seeds": seeds})
+        (asked.out / "grid.json").write_text(json.dumps(records, indent=1) + "\n")  # what there is, should it be interrupted
         say(i + 1, len(chosen), str(case))
     return records
 
@@ -156,7 +157,6 @@ def survey(asked: argparse.Namespace) -> int:
         console.print(report.published_table(rows), markup=False, highlight=False, soft_wrap=True)
     if not asked.published:
         records = with_progress(lambda say: run_grid(asked, cluster, say))
-        (asked.out / "grid.json").write_text(json.dumps(records, indent=1) + "\n")
         text = report.table(records)
         (asked.out / "grid.md").write_text(text)
         console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -30,7 +30,8 @@ from distattn.parallel.simulate_layer import Call, Dense, simulate_layer
 from distattn.parallel.statistics import peak_buffer_rows
 from distattn.parallel.strategy import Balance, Strategy
 
-SLACKS = (0.02, 0.25)  # tokens that a group may have above its share, as a part of it
+SLACK = 0.25  # of a group's share of tokens, that it may have above it
+EVEN = 0.02  # the same of two sequences side by side
 MEMORY_SHARE = 0.25  # of a device, for rows of other ranks
 PARTS_OF_GATHER, PARTS = 4, (1, 2, 4)
 MEETINGS = (
@@ -201,7 +202,7 @@ class Survey:
     def price(self, way: Way) -> Found:
         """Simulates a way: a layer with its dense parts, of one sequence, or of two side by side."""
         lengths, cluster = self.documents_of(way), self.machines.cluster
-        parts = dealt(lengths, 2, SLACKS[0], self.per_pair, self.per_token) if way.halves else [lengths]
+        parts = dealt(lengths, 2, EVEN, self.per_pair, self.per_token) if way.halves else [lengths]
         made = [self._calls(part, way) for part in parts]
         u, tensor = way.strategy.ulysses, self.machines.tensor
         shapes = slices_of(self.shape, u) if u > 1 else [self.shape] * tensor
@@ -257,9 +258,9 @@ def rivals(survey: Survey) -> Iterator[Way]:
     devices = max(1, survey.machines.cluster.devices // survey.machines.tensor)
     cp = devices
     while cp <= ranks:
-        for slack in SLACKS if cp < ranks else (None,):
-            if slack is None or cp * each * (1 + slack) >= longest:
-                yield from _ways(cp, slack, survey)
+        slack = SLACK if cp < ranks else None
+        if slack is None or cp * each * (1 + slack) >= longest:
+            yield from _ways(cp, slack, survey)
         cp *= 2
 
 

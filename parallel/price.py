@@ -145,11 +145,11 @@ def price(
     layout, inner = (whole.layout, whole.inner) if whole else make_layout(strategy, mask, world)
     devices = max(1, cluster.devices // u)
     shared = cluster.inside.shared_gb_s is not None or bool(cluster.between and cluster.between.nics < cluster.devices)
+    sample, balance = sample_of(mask, inner, devices, shared, by_keys=strategy.schedule == "tree")
     if whole:
-        done = work(whole.forward)
-        sample, balance = list(range(inner.world)), float(done.max() / done.mean()) if done.any() else 1.0
-    else:
-        sample, balance = sample_of(mask, inner, devices, shared, by_keys=strategy.schedule == "tree")
+        sample, done = list(range(inner.world)), work(whole.forward)
+        if strategy.schedule in MADE_WHOLE and done.any():  # ranks do not compute their own rows
+            balance = float(done.max() / done.mean())
     made = [whole] if whole else [make_schedule(strategy, mask, world, rank=rank * u) for rank in sample]
     rotation = made[0].rotation(shapes[0])
     plans = [s.forward for s in made], [s.backward(rotation) for s in made]

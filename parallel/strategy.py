@@ -83,6 +83,6 @@ class Strategy:
         given = [
             f.name
             for f in fields(self)
-            if f.name not in ("schedule", "keep") and getattr(self, f.name) != getattr(default, f.name)
+            if f.name not in ("schedule", "keep", "balance") and getattr(self, f.name) != getattr(default, f.name)
         ]
         return ", ".join([self.schedule, f"keep {self.keep}", *(f"{name} {getattr(self, name)}" for name in given)])
