@@ -29,6 +29,7 @@ from distattn.parallel.schedules import build_plan
 from distattn.parallel.simulate_layer import Call, Dense, simulate_layer
 from distattn.parallel.statistics import peak_buffer_rows
 from distattn.parallel.strategy import Balance, Strategy
+from distattn.parallel.workload import Exchange
 
 SLACK = 0.25  # of a group's share of tokens, that it may have above it
 EVEN = 0.02  # the same of two sequences side by side
@@ -235,8 +236,8 @@ class Survey:
         part = slices_of(self.shape, u)[0]
         plans = schedule.forward, schedule.backward(schedule.rotation(part))
         around = exchanges(layout, u, self.shape)
-        forward, backward = ([*trades[:1], plan, *trades[1:]] for plan, trades in zip(plans, around, strict=True))
-        return forward, backward
+        calls: list[list[Plan | Exchange]] = [[*t[:1], plan, *t[1:]] for plan, t in zip(plans, around, strict=True)]
+        return calls[0], calls[1]
 
     def best(self, ways: Sequence[Way], say: Callable[[str], None] = lambda _: None) -> Found | None:
         """The fastest of some ways within the memory; those whose bound is above it are not simulated."""

@@ -45,8 +45,8 @@ class Balance:
     @classmethod
     def timed(cls, cluster: Cluster, shape: Shape, devices: int, **options: Any) -> Balance:
         """With bytes and seconds of a cluster whose nodes have ``devices`` of the plan's ranks: the fastest is sought."""
-        costs = (replace(Cost.of(cluster, shape, direction), devices=devices) for direction in ("forward", "backward"))
-        return cls(*costs, **options)
+        forward, backward = Cost.of(cluster, shape, "forward"), Cost.of(cluster, shape, "backward")
+        return cls(replace(forward, devices=devices), replace(backward, devices=devices), **options)
 
 
 @dataclass(frozen=True)
