@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from distattn.attention_steps import AttentionInProgress
 from distattn.head_exchange import ulysses_attention
 from distattn.kernels import RANKING
 from distattn.kernels.timed import Stopwatch
-from distattn.ops import HANDLES, Kernels, Session
+from distattn.ops import HANDLES, Kernels, PoolSession, Session
 from distattn.ops import attention as attention_op
 from distattn.parallel.auto import Auto
 from distattn.parallel.comm import Communicator, SoloCommunicator
@@ -26,11 +26,15 @@ from distattn.parallel.executor import Executor
 from distattn.parallel.head_split import too_few_heads
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
+from distattn.parallel.pool_call import PlanInputs
 from distattn.parallel.rank_plan import RankPlan, Recipe
-from distattn.parallel.schedules import checked_strategy
+from distattn.parallel.schedules import POOLED, checked_strategy
 from distattn.parallel.strategy import Strategy
 from distattn.parallel.transpose import Keep
 from distattn.sharding import Batch, LocalRows, Shard, Unshard, local_batch
+
+if TYPE_CHECKING:
+    from distattn.parallel.pool import Pool
 
 Format = Literal["thd", "bshd", "sbhd"]
 FORMATS = {"thd": "[T, H, D]", "bshd": "[B, S, H, D]", "sbhd": "[S, B, H, D]"}
@@ -84,9 +88,14 @@ class ContextParallel:
         cached_plans: plans that stay ready, by mask.
         communicator: a ready connection instead of ``group`` (ranks as threads, say).
         timed: count the seconds and the work of this rank's kernels, in ``stopwatch``.
+        servers: attention servers (``distattn-serve-attention``) to wait for; they may join, leave and die at any time later.
+            Needs a schedule that takes servers; they keep nothing, so ``keep`` is "none".
+        pool_store: ``host:port`` at which rank 0 hosts the store that servers join through, or "auto".
+        announce: told the address of that store, on rank 0.
 
     Raises:
         ValueError: for an unknown schedule, backend or option, or a mesh of more than one dimension.
+        ValueError: for servers that do not come within the timeout.
     """
 
     def __init__(
@@ -102,6 +111,9 @@ class ContextParallel:
         cached_plans: int = 32,
         communicator: Communicator | None = None,
         timed: bool = False,
+        servers: int = 0,
+        pool_store: str | None = None,
+        announce: Callable[[str], None] | None = None,
     ):
         if backend is not None and backend not in RANKING:
             raise ValueError(
@@ -128,6 +140,10 @@ class ContextParallel:
         if not isinstance(strategy, Auto):
             checked_strategy(strategy, communicator.world if communicator else _size(group))
         self.communicator = communicator or _communicator(group, timeout)
+        self.pool: Pool | None = None
+        if servers or pool_store is not None:
+            strategy = _with_pool(strategy, servers)
+            self.pool = _open_pool(self.communicator, servers, pool_store or "auto", announce)
         self.strategy, self.home, self.pad_to_equal = strategy, home, pad_to_equal
         self.cached_plans = cached_plans
         self._executors: dict[int, Executor] = {}  # by the degree of the head exchange around their plans
@@ -180,6 +196,10 @@ class ContextParallel:
             prepared.agree(self.communicator)
             ulysses = prepared.ulysses
             session = Session(prepared, self._executor(ulysses), self._kernels, self.home)
+            if self.pool is not None:
+                inputs = PlanInputs(prepared.mask, recipe.strategy, self.pad_to_equal, distattn.__version__)
+                ticket = self.pool.ticket(inputs)
+                session = PoolSession(prepared, session.executor, self._kernels, self.home, pool=self.pool, ticket=ticket)
             local = LocalRows(prepared.layout, prepared.mask, self.rank)
             found = AttentionPlan(prepared, local, session, HANDLES.add(session), prepared.rows, ulysses)
             self._plans[prepared.mask.digest, recipe.strategy] = found
@@ -200,7 +220,9 @@ class ContextParallel:
         return self._executors[ulysses]
 
     def close(self) -> None:
-        """Releases the groups and the watcher of this rank. Plans of this object cannot attend any more."""
+        """Releases the groups and the watcher of this rank, and its servers. Plans of this object cannot attend any more."""
+        if self.pool is not None:
+            self.pool.close()
         self.communicator.close()
 
     def shard_batch(self, tokens: Tensor, plan: AttentionPlan) -> Batch:
@@ -354,6 +376,27 @@ def _communicator(group: dist.ProcessGroup | DeviceMesh | None, timeout: float) 
     from distattn.parallel.comm_process import ProcessCommunicator
 
     return ProcessCommunicator(group, timeout=timeout)
+
+
+def _with_pool(strategy: Strategy | Auto, servers: int) -> Strategy:
+    """The strategy of a pool's trainers, before it is known how many servers there are."""
+    if isinstance(strategy, Auto) or strategy.schedule not in POOLED or strategy.ulysses > 1:
+        raise ValueError(
+            f"A pool of {servers} servers was asked for with schedule {strategy}, in which only ranks with tokens compute. "
+            f"Use schedule {' or '.join(map(repr, POOLED))}, without ulysses, or no servers."
+        )
+    if strategy.servers:
+        raise ValueError(
+            f"Strategy(servers={strategy.servers}) means ranks of the group itself, and servers={servers} processes that join "
+            "it. Use one of them."
+        )
+    return replace(strategy, keep="none")
+
+
+def _open_pool(communicator: Communicator, servers: int, store: str, announce: Callable[[str], None] | None) -> Pool:
+    from distattn.parallel.pool import Pool
+
+    return Pool(communicator, servers, store, distattn.__version__, announce=announce)
 
 
 def _fold(x: Tensor, format: str) -> Tensor:

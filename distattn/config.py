@@ -21,6 +21,7 @@ SCHEDULES = ("ring", "zigzag", "striped", "double_ring", "gather", "tree", "disa
 TAKE_SPEEDS = ("disaggregate",)  # schedules that share out work by the speeds of the ranks
 SPEEDS = ("equal", "measure")
 SLOWEST = 1 / 64  # of the fastest rank; slower ones are of no use
+POOLED = ("disaggregate",)  # schedules that give work to servers
 LAYOUTS = ("contiguous", "zigzag", "striped")
 ROTATE = ("auto", "kv", "q")
 KEEP = ("last", "all", "none")
@@ -97,13 +98,18 @@ class TrainConfig:
 @dataclass
 class ParallelConfig:
     schedule: str = key("zigzag", f"how attention is spread over ranks: {', '.join(SCHEDULES)}")
-    cluster: str = key("", "description of the machines, for schedule=auto: a100, h100, h200, l40s, gloo2 or a file")
+    cluster: str = key("", "description of the machines, for auto and disaggregate: a100, h100, h200, l40s, gloo2 or a file")
     layout: str = key("", f"which rank holds which tokens: {', '.join(LAYOUTS)}; empty is the schedule's own")
     ulysses: int = key(1, "neighbouring ranks that exchange heads for tokens around the schedule")
     node_devices: int = key(0, "ranks of a sequence in one node, for double_ring and tree; 0 means all of them")
     stages: int = key(0, "parts in which gather receives and disaggregate works for others; 0 is the schedule's own choice")
     in_flight: int = key(0, "owners whose queries travel at once in a tree; 0 is its own choice")
     rotate: str = key("auto", f"what travels in the backward pass of a ring: {', '.join(ROTATE)} (auto: fewer bytes)")
+    laps: int = key(0, "rounds of a ring, each with its part of every shard: 2 halve its memory; 0 is its own choice, 1")
+    servers: int = key(0, "attention servers to wait for, beside these ranks (distattn-serve-attention); more may join later")
+    pool_store: str = key(
+        "auto", "host:port at which rank 0 lets servers join; auto: this host, any free port (see out/pool_store)"
+    )
     keep: str = key("last", f"received keys that stay until the backward pass: {', '.join(KEEP)}")
     smallest: int = key(128, "query rows of a piece that disaggregate takes off its rank, unless its document is shorter")
     tolerance: float = key(0.0, "a rank's work above its share that disaggregate may leave, 0.02 is 2%; 0 is its own choice")
@@ -160,6 +166,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int
 
     merged = OmegaConf.structured(Config)
     for origin, part in [(str(path), _read_yaml(Path(path)))] + [(word, _read_word(word)) for word in overrides]:
+        _refuse_missing(part, origin)
         _refuse_unknown(part, origin)
         try:
             merged = OmegaConf.merge(merged, part)
@@ -200,6 +207,17 @@ def _parse(load: Callable[[], Any], origin: str) -> Any:
         return load()
     except (YAMLError, ValueError, OSError) as error:
         raise ValueError(f"{origin} is not readable as YAML: {error}") from None
+
+
+def _refuse_missing(part: Any, origin: str, prefix: str = "") -> None:
+    """``???`` is OmegaConf's word for a value that somebody is still to give."""
+    from omegaconf import DictConfig, OmegaConf
+
+    for name in part:
+        if OmegaConf.is_missing(part, name):
+            raise ValueError(f"{origin}: {prefix}{name}=??? says that its value is still missing. Give it one, or leave it out.")
+        if isinstance(part[name], DictConfig):
+            _refuse_missing(part[name], origin, f"{prefix}{name}.")
 
 
 def _refuse_unknown(part: Any, origin: str) -> None:
@@ -331,15 +349,16 @@ def check_parallel(config: Config, world_size: int) -> None:
         )
     if parallel.schedule == "auto":
         default = ParallelConfig()
-        for name in ("layout", "ulysses", "node_devices", "stages", "in_flight", "rotate"):
+        for name in ("layout", "ulysses", "node_devices", "stages", "in_flight", "rotate", "laps"):
             if getattr(parallel, name) != getattr(default, name):
                 raise ValueError(f"parallel.{name}={getattr(parallel, name)} is chosen by parallel.schedule=auto. Leave it out.")
     _one_of("parallel.layout", parallel.layout, ("", *LAYOUTS))
     _one_of("parallel.rotate", parallel.rotate, ROTATE)
     _one_of("parallel.keep", parallel.keep, KEEP)
     _at_least("parallel.ulysses", parallel.ulysses, 1)
+    check_pool(config)
     _at_least("parallel.smallest", parallel.smallest, 1)
-    for name in ("node_devices", "stages", "in_flight", "tolerance", "receive_rows"):
+    for name in ("node_devices", "stages", "in_flight", "laps", "tolerance", "receive_rows"):
         _at_least(f"parallel.{name}", getattr(parallel, name), 0)
     _one_of("parallel.backend", parallel.backend, ("", *BACKENDS))
     _one_of("parallel.checkpointing", parallel.checkpointing, CHECKPOINTING)
@@ -433,7 +452,38 @@ def strategy_of(parallel: ParallelConfig) -> Strategy:
         parallel.in_flight or None,
         cast("Rotate", parallel.rotate),
         cast("Keep", parallel.keep),
+        parallel.laps or None,
     )
+
+
+def check_pool(config: Config) -> None:
+    parallel = config.parallel
+    _at_least("parallel.servers", parallel.servers, 0)
+    if parallel.pool_store != "auto":
+        host, _, port = parallel.pool_store.rpartition(":")
+        if not host or not port.isdigit() or int(port) > 65535:
+            raise ValueError(
+                f"parallel.pool_store={parallel.pool_store!r} is no address. Write host:port with a port of 0 (any free one) to "
+                "65535, or auto."
+            )
+    if not parallel.servers:
+        return
+    what = f"parallel.servers={parallel.servers}"
+    if parallel.schedule not in POOLED:
+        raise ValueError(
+            f"{what} needs a schedule that gives work to ranks without tokens, found parallel.schedule={parallel.schedule}. "
+            f"Use parallel.schedule={POOLED[0]}, or parallel.servers=0."
+        )
+    for name, wanted in (("dp", 1), ("ulysses", 1), ("nano_batches", 1), ("speeds", "equal")):
+        if getattr(parallel, name) != wanted:
+            raise ValueError(
+                f"{what} serve one sequence with all of its heads at a time, at one speed: found parallel.{name}="
+                f"{getattr(parallel, name)}. Use parallel.{name}={wanted}, or parallel.servers=0."
+            )
+    if parallel.keep == "all":
+        raise ValueError(f"{what} keep nothing between two calls, found parallel.keep=all. Leave it out, or parallel.servers=0.")
+    if config.train.device == "cuda":
+        raise ValueError(f"{what} are reached over gloo, with tensors on the CPU. Use train.device=cpu, or parallel.servers=0.")
 
 
 def context_ranks(config: Config, world_size: int) -> int:

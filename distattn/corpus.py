@@ -62,11 +62,13 @@ def load_tokenizer(name: str) -> tuple[int, Encode]:
     return tokenizer.get_vocab_size(), lambda raw: np.array(tokenizer.encode(raw.decode("utf-8", "replace")).ids, np.int64)
 
 
-def prepare(sources: Sequence[str], path: str | Path, tokenizer: str = BYTE, progress: Progress | None = None) -> dict:
-    """Writes the token file ``path`` from text files, one document each. Returns its meta."""
+def prepare(
+    sources: Sequence[str], path: str | Path, tokenizer: str = BYTE, progress: Progress | None = None, replace: bool = True
+) -> dict:
+    """Writes the token file ``path`` from text files, one document each. Returns its meta; see :func:`write_tokens`."""
     files = find_files(sources)
     vocab_size, encode = load_tokenizer(tokenizer)
-    return write_tokens(path, _encoded(files, encode, progress), vocab_size, tokenizer)
+    return write_tokens(path, _encoded(files, encode, progress), vocab_size, tokenizer, replace)
 
 
 def _encoded(files: Sequence[Path], encode: Encode, progress: Progress | None) -> Iterator[np.ndarray]:

@@ -13,6 +13,8 @@ alone and reads only the rows that it holds, so the position in the data is one 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import platform
@@ -34,11 +36,17 @@ FORMAT = 1
 FILES = ("meta.json", "documents.bin", "tokens.bin")
 
 
-def write_tokens(path: str | Path, documents: Iterable[np.ndarray], vocab_size: int, tokenizer: str) -> dict[str, Any]:
-    """Writes a token file; ``path`` appears only when it is whole. Returns its meta.
+def write_tokens(
+    path: str | Path, documents: Iterable[np.ndarray], vocab_size: int, tokenizer: str, replace: bool = True
+) -> dict[str, Any]:
+    """Writes a token file; ``path`` appears only when it is whole. Returns the meta of what is there then.
 
     documents are integer arrays; empty ones are left out. Raises ValueError where there is not one token, or where a
     token is not in the vocabulary. A token file that is there is replaced, anything else is refused.
+
+    Args:
+        replace: False keeps a token file that somebody else has put there in the meantime: of two runs that prepare the same
+            folder at once the faster one's is used by both.
     """
     path = Path(path)
     if path.exists() and not _only_tokens(path):
@@ -49,12 +57,27 @@ def write_tokens(path: str | Path, documents: Iterable[np.ndarray], vocab_size: 
     partial.mkdir(parents=True)
     try:
         meta = _write_folder(partial, documents, vocab_size, tokenizer)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
+        return meta if _put(partial, path, replace) else open_tokens(path, verify=False).meta
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return meta
+
+
+def _put(whole: Path, path: Path, replace: bool) -> bool:
+    """Gives the folder its name; False where another one has it and stays."""
+    old = whole.with_suffix(".old")
+    while True:
+        try:
+            os.rename(whole, path)
+            return True
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        if not replace:
+            return False
+        shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # somebody else who replaces it has moved it away
+            os.rename(path, old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _only_tokens(path: Path) -> bool:

@@ -10,8 +10,9 @@ import itertools
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -25,9 +26,14 @@ from distattn.parallel.executor import Executor
 from distattn.parallel.program import Program
 from distattn.parallel.rank_plan import RankPlan
 from distattn.parallel.shape import Shape
-from distattn.parallel.steps import Steps, run
+from distattn.parallel.steps import Steps
+
+if TYPE_CHECKING:
+    from distattn.parallel.pool import Pool, Ticket
+    from distattn.parallel.pool_call import Direction
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Kernels:
@@ -66,6 +72,22 @@ class Session:
     kernels: Kernels
     home: torch.dtype | None
     exchanges: dict[tuple[Shape, Scores, bool], HeadExchange] = field(default_factory=dict)
+
+    def run(self, direction: Direction, shape: Shape, scores: Scores, sinks: bool, work: Callable[[Executor, Program], T]) -> T:
+        """``work`` on this rank's program of a call."""
+        both = self.plan.programs(shape, scores, sinks, self.executor.communicator)
+        return work(self.executor, both[direction == "backward"])
+
+
+@dataclass(frozen=True, eq=False)
+class PoolSession(Session):
+    """A session whose calls servers take part in, which may come and go; of ``plan`` only the layout counts."""
+
+    pool: Pool = field(kw_only=True)
+    ticket: Ticket = field(kw_only=True)
+
+    def run(self, direction: Direction, shape: Shape, scores: Scores, sinks: bool, work: Callable[[Executor, Program], T]) -> T:
+        return self.pool.attend(self.ticket, direction, shape, scores, sinks, work)
 
 
 class Handles:
@@ -115,9 +137,21 @@ def call_shape(
     return Shape(*heads, *sizes, dtype, session.home, finished)
 
 
+def _shape(session: Session, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Shape:
+    return call_shape(session, (q.shape[1], k.shape[1]), (q.shape[2], v.shape[2]), q.dtype, sinks)
+
+
 def _programs(session: Session, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores) -> tuple[Program, Program]:
-    shape = call_shape(session, (q.shape[1], k.shape[1]), (q.shape[2], v.shape[2]), q.dtype, sinks)
-    return session.plan.programs(shape, scores, sinks is not None, session.executor.communicator)
+    return session.plan.programs(_shape(session, q, k, v, sinks), scores, sinks is not None, session.executor.communicator)
+
+
+def _in_dtypes(
+    sums: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, lse: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v in their dtypes, and that of the sinks (empty without)."""
+    dsinks = q.new_empty(0) if sinks is None else sinks_gradient(sinks, lse, delta)
+    dq, dk, dv = (x.to(of.dtype) for x, of in zip(sums, (q, k, v), strict=True))
+    return dq, dk, dv, dsinks
 
 
 def forward_steps(
@@ -146,9 +180,8 @@ def backward_steps(
     _, program = _programs(session, q, k, v, sinks, scores)
     dout, delta = upstream(dout, dlse, out)
     backend = session.kernels(q, k, v, scores)
-    dq, dk, dv = yield from session.executor.backward_steps(program, backend, dout, q, k, v, delta, lse, kept, scores, slot)
-    dsinks = q.new_empty(0) if sinks is None else sinks_gradient(sinks, lse, delta)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
+    sums = yield from session.executor.backward_steps(program, backend, dout, q, k, v, delta, lse, kept, scores, slot)
+    return _in_dtypes(sums, q, k, v, sinks, lse, delta)
 
 
 @torch.library.custom_op("distattn::attention", mutates_args=())
@@ -156,7 +189,14 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, handle: int, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Local rows in, (out, lse, kept bytes) of local rows out. See :class:`distattn.ContextParallel`."""
-    return run(forward_steps(HANDLES[handle], q, k, v, sinks, Scores(scale, softcap)))
+    session = HANDLES[handle]
+    scores = Scores(scale, softcap)
+    kernel = session.kernels(q, k, v, scores)
+
+    def forward(executor: Executor, program: Program) -> tuple[Tensor, Tensor, Tensor]:
+        return executor.forward(program, kernel, q, k, v, scores, sinks)
+
+    return session.run("forward", _shape(session, q, k, v, sinks), scores, sinks is not None, forward)
 
 
 @attention.register_fake
@@ -198,7 +238,16 @@ def attention_backward(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the sinks (of this rank's rows; empty without sinks)."""
-    return run(backward_steps(HANDLES[handle], dout, dlse, q, k, v, sinks, out, lse, kept, Scores(scale, softcap)))
+    session = HANDLES[handle]
+    scores = Scores(scale, softcap)
+    kernel = session.kernels(q, k, v, scores)
+    dout, delta = upstream(dout, dlse, out)
+
+    def backward(executor: Executor, program: Program) -> tuple[Tensor, Tensor, Tensor]:
+        return executor.backward(program, kernel, dout, q, k, v, delta, lse, kept, scores)
+
+    sums = session.run("backward", _shape(session, q, k, v, sinks), scores, sinks is not None, backward)
+    return _in_dtypes(sums, q, k, v, sinks, lse, delta)
 
 
 @attention_backward.register_fake

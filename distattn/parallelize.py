@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -78,8 +79,24 @@ def context_parallel(config: Config, world: World) -> ContextParallel:
         schedule = strategy_of(parallel)
         if parallel.schedule == "disaggregate":
             schedule = replace(schedule, balance=balance_of(config, world))
-    timed = parallel.speeds == "measure"
-    return ContextParallel(group, schedule, backend=parallel.backend or None, timeout=parallel.timeout, timed=timed)
+    options: dict[str, Any] = {"backend": parallel.backend or None, "timeout": parallel.timeout}
+    options["timed"] = parallel.speeds == "measure"
+    if parallel.servers:
+        if world.device.type != "cpu":
+            raise ValueError(
+                f"parallel.servers={parallel.servers} are reached over gloo, with tensors on the CPU, but this run is on "
+                f"{world.device}. Use train.device=cpu, or parallel.servers=0."
+            )
+        announce = functools.partial(_announce, Path(config.out) / "pool_store")
+        options.update(servers=parallel.servers, pool_store=parallel.pool_store, announce=announce)
+    return ContextParallel(group, schedule, **options)
+
+
+def _announce(path: Path, address: str) -> None:
+    """Says where attention servers join; a server may read the file instead."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(address + "\n")
+    print(f"attention servers join with: distattn-serve-attention --store {address}   (or --store {path})", flush=True)
 
 
 def balance_of(config: Config, world: World) -> Balance:
@@ -87,6 +104,7 @@ def balance_of(config: Config, world: World) -> Balance:
     parallel = config.parallel
     return Balance.of(
         attention_call(config, world).shape,
+        load_cluster(parallel.cluster) if parallel.cluster else None,
         tolerance=parallel.tolerance or None,
         receive_rows=parallel.receive_rows or None,
         smallest=parallel.smallest,

@@ -68,7 +68,7 @@ def _moved(stands: int, measured: int) -> int:
         return stands
     if abs(measured - UNIT) <= TOLERANCE * UNIT:
         return UNIT
-    return max(GRAIN, measured // GRAIN * GRAIN)
+    return max(GRAIN, (measured + GRAIN // 2) // GRAIN * GRAIN)
 
 
 def gather(cp: ContextParallel) -> list[Busy]:

@@ -189,7 +189,7 @@ def as_json(results: Results) -> dict[str, Any]:
         "planning": rows(results.planning),
         "cached_plan_microseconds": results.cached_plan_microseconds,
         "memory": rows(results.memory),
-        "memory_flatness": {s: flatness(results.memory, s) for s in dict.fromkeys(row.schedule for row in results.memory)},
+        "memory_flatness": {name: flatness(results.memory, name) for name in dict.fromkeys(row.name for row in results.memory)},
     }
 
 

@@ -22,10 +22,12 @@ from distattn.parallel.plan import Plan, What
 from distattn.parallel.program import Program, compile_program
 from distattn.parallel.schedule import make_schedule
 from distattn.parallel.schedules import make_plan
+from distattn.parallel.strategy import Strategy
 from distattn.parallel.transpose import transpose
 
 TINY = 64  # tokens a rank: what is left of a pass is the executor, its copies of 64 rows and the messages
 WORLDS = range(1, 9)
+LAPS = (1, 2)
 
 
 class Idle:
@@ -94,13 +96,18 @@ class Memory:
     """Bytes of tensors on the rank that has the most of them: forward, then backward, at ``tokens`` rows a rank."""
 
     schedule: str
+    laps: int
     world: int
     tokens: int
     inputs: int  # q, k, v and the upstream gradient
     outputs: int  # out, lse and the gradients as they are summed up
     kept: int  # of received keys from forward to backward
     workspace: int  # received keys, sums on their way home, messages; shared by all layers
-    stated: int  # two shards of all that travels in a backward pass: what foreign rows take at most, without messages in flight
+    stated: int  # two shards (in laps: parts) of all that travels in a backward pass: foreign rows at most, without messages
+
+    @property
+    def name(self) -> str:
+        return self.schedule if self.laps == 1 else f"{self.schedule}, {self.laps} laps"
 
     @property
     def total(self) -> int:
@@ -177,19 +184,18 @@ def cached_plan_microseconds(repeat: int) -> float:
 
 def _programs(plan: Plan, back: Plan, rank: int, problem: Problem) -> tuple[Program, Program]:
     forward, backward = plan.view(rank), back.view(rank)
-    keep = {(What(what), owner) for _, owner, _, _, what in backward.kept.tolist()}
-    program = compile_program(forward, shape_of(problem), keep)
+    program = compile_program(forward, shape_of(problem), backward.kept)
     return program, compile_program(backward, shape_of(problem), forward=program)
 
 
 def memory(problem: Problem, tokens: int) -> list[Memory]:
     """Counted from what the programs allocate, for worlds of 1 to 8 with ``tokens`` rows a rank."""
-    return [_memory(problem, schedule, world, tokens) for schedule in SCHEDULES for world in WORLDS]
+    return [_memory(problem, schedule, laps, world, tokens) for schedule in SCHEDULES for laps in LAPS for world in WORLDS]
 
 
-def _memory(problem: Problem, schedule: str, world: int, tokens: int) -> Memory:
+def _memory(problem: Problem, schedule: str, laps: int, world: int, tokens: int) -> Memory:
     shape = shape_of(problem)
-    made = make_schedule(schedule, causal(world * tokens), world)
+    made = make_schedule(Strategy(schedule, laps=laps), causal(world * tokens), world)
     rotation = made.rotation(shape)
     plan, back = made.forward, made.backward(rotation)
     key_side, query_side = problem.kv_heads * problem.head_dim, problem.heads * problem.head_dim
@@ -202,11 +208,11 @@ def _memory(problem: Problem, schedule: str, world: int, tokens: int) -> Memory:
         ((f.kept_bytes, max(f.workspace_bytes, b.workspace_bytes)) for f, b in pairs), key=lambda entry: sum(entry)
     )
     travels = (What.KV, What.DKV) if rotation == "kv" else (What.Q, What.DOUT, What.DQ)
-    stated = 2 * tokens * sum(shape.row_bytes(what) for what in travels) if world > 1 else 0
-    return Memory(schedule, world, tokens, inputs, outputs, kept, workspace, stated)
+    stated = 2 * tokens * sum(shape.row_bytes(what) for what in travels) // laps if world > 1 else 0
+    return Memory(schedule, laps, world, tokens, inputs, outputs, kept, workspace, stated)
 
 
-def flatness(rows: list[Memory], schedule: str, least: int = 2) -> float:
-    """Largest total over the smallest, of the worlds from ``least`` ranks on."""
-    totals = [row.total for row in rows if row.schedule == schedule and row.world >= least]
+def flatness(rows: list[Memory], name: str, least: int = 2) -> float:
+    """Largest total over the smallest, of the rows of a name, in worlds from ``least`` ranks on."""
+    totals = [row.total for row in rows if row.name == name and row.world >= least]
     return max(totals) / min(totals)

@@ -107,19 +107,17 @@ def _memory(results: Results) -> Table:
     table = Table(
         "schedule", "ranks", "inputs", "outputs", "kept", "workspace", "all", "over 2 ranks", "stated buffer", title=title
     )
-    schedules = list(dict.fromkeys(row.schedule for row in results.memory))
-    flat = ", ".join(f"{s} {flatness(results.memory, s):.3f}" for s in schedules)
-    later = ", ".join(f"{s} {flatness(results.memory, s, least=4):.3f}" for s in schedules)
+    flat = "; ".join(f"{name} {flatness(results.memory, name):.3f}" for name in dict.fromkeys(row.name for row in results.memory))
     table.caption = (
-        f"largest over smallest, 2 to 8 ranks (target {TARGET_FLAT}): {flat}; 4 to 8 ranks: {later}. "
+        f"largest over smallest, 2 to 8 ranks (target {TARGET_FLAT}): {flat}. "
         "Stated: foreign rows at most, without messages in flight"
     )
-    two = {row.schedule: row.total for row in results.memory if row.world == 2}
+    two = {row.name: row.total for row in results.memory if row.world == 2}
     for row in results.memory:
         sizes = (row.inputs, row.outputs, row.kept, row.workspace, row.total)
-        over = f"{row.total / two[row.schedule]:.3f}"
+        over = f"{row.total / two[row.name]:.3f}"
         kib = (f"{size / 1024:.0f}" for size in sizes)
-        table.add_row(row.schedule, str(row.world), *kib, over, f"{row.stated / 1024:.0f}")
+        table.add_row(row.name, str(row.world), *kib, over, f"{row.stated / 1024:.0f}")
     return table
 
 
@@ -144,9 +142,9 @@ def draw(results: Results, path: Path) -> None:
     cost.bar(names, [row.forward for row in results.overheads], width=-0.4, align="edge", label="forward")
     cost.bar(names, [row.backward for row in results.overheads], width=0.4, align="edge", label="backward")
     cost.set_title("Executor: microseconds a stage")
-    for schedule in dict.fromkeys(row.schedule for row in results.memory):
-        rows = [row for row in results.memory if row.schedule == schedule]
-        memory.plot([row.world for row in rows], [row.total / 2**20 for row in rows], marker="o", label=schedule)
+    for name in dict.fromkeys(row.name for row in results.memory):
+        rows = [row for row in results.memory if row.name == name]
+        memory.plot([row.world for row in rows], [row.total / 2**20 for row in rows], marker="o", label=name)
     memory.set(title="Counted MiB per rank at constant tokens per rank", xlabel="ranks", ylim=(0, None))
     for axes in (single, ranks, cost, memory):
         axes.tick_params(axis="x", labelsize=7)

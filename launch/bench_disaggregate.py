@@ -178,7 +178,7 @@ def measure(problem: Problem, communicator: Communicator) -> dict[str, Any]:
         cp = ContextParallel(schedule=strategy, communicator=communicator)
         if slow and communicator.rank == communicator.world - 1:
             kernels = cp._kernels
-            cp._kernels = lambda *call, kernels=kernels: Twice(kernels(*call))  # type: ignore[assignment, misc]
+            cp._kernels = lambda *call, kernels=kernels: Twice(kernels(*call))  # type: ignore[assignment]
         ready[name] = prepare(problem, cp, mask)
     results = {name: work() for name, work in ready.items()}
     difference = max(
@@ -210,7 +210,7 @@ def prepare(problem: Problem, cp: ContextParallel, mask: Mask) -> Callable[[], l
     def work() -> list[Tensor]:
         nonlocal first
         leaves = [x.requires_grad_() for x in inputs]
-        out = cp.attention(*leaves, plan)
+        out = cp.attention(leaves[0], leaves[1], leaves[2], plan)
         assert isinstance(out, torch.Tensor)
         local = [out.detach(), *torch.autograd.grad(out, leaves, dout)]
         if not first:
@@ -226,7 +226,7 @@ def balances(problem: Problem, mask: Mask) -> dict[str, list[float]]:
     from distattn.parallel.schedule import make_schedule
     from distattn.parallel.statistics import work
 
-    found = {}
+    found: dict[str, list[float]] = {}
     for name, (strategy, slow) in contenders(problem).items():
         schedule = make_schedule(strategy, mask, problem.ranks)
         found[name] = []

@@ -182,7 +182,14 @@ def row(candidate: Candidate) -> list[str]:
 def configuration(decision: Decision) -> str:
     """The words for launch/train.py."""
     s = decision.best.strategy
-    named = {"schedule": s.schedule, "layout": s.layout, "ulysses": s.ulysses, "node_devices": s.devices, "stages": s.stages}
+    named = {
+        "schedule": s.schedule,
+        "layout": s.layout,
+        "ulysses": s.ulysses,
+        "node_devices": s.devices,
+        "stages": s.stages,
+        "laps": s.laps,
+    }
     return " ".join(f"parallel.{key}={value}" for key, value in named.items() if value not in (None, 1))
 
 

@@ -62,7 +62,7 @@ def measure(mask: Mask, world: int, ulysses: int, shape: Shape, cluster: Cluster
     """
     cluster.check_world(world)
     devices = min(world, cluster.devices)
-    balance = Balance.timed(cluster, slices_of(shape, ulysses)[0], max(1, devices // ulysses))
+    balance = Balance.of(slices_of(shape, ulysses)[0], cluster, max(1, devices // ulysses))
     strategy = Strategy("disaggregate", ulysses=ulysses, balance=balance)
     times = []
     for _ in range(ROUNDS):

@@ -106,7 +106,12 @@ def run(config: Config, place: Place) -> None:
     if place.started_by_torchrun:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.timeout))
-    Trainer(config, make_world(config, device)).train()
+    trainer = Trainer(config, make_world(config, device))
+    try:
+        trainer.train()
+    finally:
+        if trainer.cp.pool is not None:
+            trainer.cp.pool.close()  # servers are told; the groups end with the process, as after an error nobody may wait
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -154,7 +159,7 @@ def ready_data(config: Config) -> None:
     if data.source and not Path(data.path).exists():
         from distattn.launch.prepare import show_progress
 
-        meta = prepare([data.source], data.path, data.tokenizer, show_progress)
+        meta = prepare([data.source], data.path, data.tokenizer, show_progress, replace=False)
         print(f"prepared {data.path}: {meta['tokens']:,} tokens in {meta['documents']:,} documents", flush=True)
     open_tokens(data.path, data.verify).check_vocabulary(config.model.vocab_size)
 

@@ -283,7 +283,9 @@ def published_rivals(survey: Survey) -> Iterator[Way]:
     strategy = Strategy("gather", stages=1, keep="none")
     for way in rivals(survey):
         if way.kind == "document zigzag" and way.strategy.schedule == "gather":
-            yield replace(way, kind="packed", strategy=strategy, waits=True)
+            for slack in (EVEN, SLACK):
+                chosen = None if way.slack is None else slack
+                yield replace(way, kind=f"packed to {slack:.0%}", strategy=strategy, waits=True, slack=chosen)
 
 
 def moving(survey: Survey) -> Iterator[Way]:
@@ -291,7 +293,7 @@ def moving(survey: Survey) -> Iterator[Way]:
     cluster, tensor = survey.machines.cluster, survey.machines.tensor
     for u in (1,) if tensor > 1 else (1, cluster.devices):
         shape = slices_of(survey.shape, u)[0]
-        even, fastest = Balance.of(shape), Balance.timed(cluster, shape, max(1, cluster.devices // tensor // u))
+        even, fastest = Balance.of(shape), Balance.of(shape, cluster, max(1, cluster.devices // tensor // u))
         kind = "disaggregate" if u == 1 else "Ulysses, disaggregate"
         for balance, (stages, halves) in product((even, fastest), ((1, True), *((parts, False) for parts in PARTS))):
             strategy = Strategy("disaggregate", ulysses=u, stages=stages, balance=balance)

@@ -53,7 +53,8 @@ def assign(
         layout: where the rows are; ranks may hold none. Segments must be runs of neighbouring positions.
         cost: weights of rows and seconds; None: work is pairs, traffic is rows of 64:8 heads.
         servers: the ranks that compute; None: all. The others give all their work away.
-        tolerance: None: the one that has the least predicted time, communication included, with the seconds of ``cost``.
+        tolerance: None: the one that has the least predicted time, communication included, with the seconds of ``cost``; where
+            that knows no links, the least that can be kept.
         receive_rows: the most rows that a rank may receive, those of keys and those of queries together.
         smallest: fewest rows of a document in a piece, where its owner holds more of that document.
         speeds: of each rank [world], in any unit: its part of the time is in proportion.
@@ -190,8 +191,8 @@ def _fastest(problem: _Problem, receive_rows: int | None) -> Assignment:
         seconds = float(problem.cost.seconds(load, problem.parts / ONE).max(initial=0.0))
         if best is None or seconds < best[0] * (1 - 1e-9):
             best = (seconds, found)
-        if not load.flows.rows[load.flows.kind != KV].any():
-            break  # nothing moves any more
+        if not problem.cost.has_links or not load.flows.rows[load.flows.kind != KV].any():
+            break  # the evenest is the fastest; or nothing moves any more
     if best is None:
         raise ValueError(
             f"receive_rows={receive_rows} cannot be kept with any tolerance: documents reach over more ranks than a rank can "

@@ -40,6 +40,23 @@ class Cost:
     far_seconds: float = 0.0
     devices: int = 0
 
+    @property
+    def has_links(self) -> bool:
+        """Whether what travels takes time."""
+        return self.near_seconds > 0 or self.far_seconds > 0
+
+    @classmethod
+    def of_rows(cls, shape: Shape, direction: Direction) -> Cost:
+        """Bytes of a shape; time is visible pairs, links are free. A backward pass gets q, k and v once more."""
+
+        def weigh(*whats: What) -> int:
+            return sum(shape.row_bytes(what) for what in whats)
+
+        if direction == "forward":
+            return cls(weigh(What.KV), weigh(What.Q, What.DONE), weigh(What.Q, What.OUT))
+        query = weigh(What.Q, What.DOUT, What.DQ)
+        return cls(weigh(What.KV, What.DKV), query, query)
+
     @classmethod
     def of(cls, cluster: Cluster, shape: Shape, direction: Direction) -> Cost:
         """Bytes of a shape, seconds of a cluster.
@@ -47,14 +64,6 @@ class Cost:
         Raises:
             ValueError: the cluster's description has no speed for the shape's dtype.
         """
-        rows = {what: shape.row_bytes(what) for what in What}
-        lse = shape.heads * shape.accumulate.itemsize
-        if direction == "forward":
-            kv, partial = rows[What.KV], rows[What.Q] + rows[What.OUT]
-            query = rows[What.Q] + shape.heads * shape.d_v * shape.dtype.itemsize + lse
-        else:
-            kv, query = rows[What.KV] + rows[What.DKV], rows[What.Q] + rows[What.DOUT] + rows[What.DQ]
-            partial = query
         sides = np.array(SIDES)
         pairs = sides * (sides + 1) // 2
         # Documents share launches, so the programs of one say nothing of how full the device is.
@@ -66,7 +75,8 @@ class Cost:
         near = 1 / (cluster.inside.port_gb_s * 1e9)
         far = near if cluster.between is None else max(near, 1 / (cluster.between.nic_gb_s * 1e9))
         table = tuple(zip(SIDES, slow.tolist(), strict=True))
-        return cls(kv, query, partial, float(each[-1]), table, near, far, cluster.devices)
+        rows = cls.of_rows(shape, direction)
+        return cls(rows.kv_row, rows.query_row, rows.partial_row, float(each[-1]), table, near, far, cluster.devices)
 
     def stretched(self, pairs: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """``pairs`` of runs of ``tokens`` rows of a document as pairs of a long one, which take as long; int64 [n].

@@ -21,7 +21,7 @@ from distattn.kernels.contract import Backend, Scores, State, empty_state
 from distattn.kernels.merge import merge_into
 from distattn.parallel.comm import Awaited, Communicator, Pending
 from distattn.parallel.plan import What
-from distattn.parallel.program import Batch, Buffer, Item, Launch, Message, Program
+from distattn.parallel.program import Batch, Buffer, Item, Launch, Message, Place, Program
 from distattn.parallel.steps import InProgress, Steps, gives_turn, run
 
 
@@ -94,11 +94,11 @@ class Executor:
         left = program.local_launches
         written = False
 
-        def compute(launch: Launch, tensors: Callable[[What, int], Sequence[Tensor]]) -> None:
+        def compute(launch: Launch, tensors: Callable[[What, Place], Sequence[Tensor]]) -> None:
             nonlocal state, left, written
-            (queries,), (keys, values) = tensors(What.Q, launch.q_owner), tensors(What.KV, launch.kv_owner)
-            if launch.q_owner != program.rank:
-                backend.forward(queries, keys, values, launch.bands, scores, State(*tensors(What.OUT, launch.q_owner)))
+            (queries,), (keys, values) = tensors(What.Q, launch.q), tensors(What.KV, launch.kv)
+            if launch.q.owner != program.rank:
+                backend.forward(queries, keys, values, launch.bands, scores, State(*tensors(What.OUT, launch.q)))
                 return
             left -= 1
             written = left == 0 and not program.partials_arrive
@@ -158,10 +158,10 @@ class Executor:
         dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
         mine = {What.Q: (q,), What.KV: (k, v), What.DOUT: (dout, lse, delta), What.DQ: (dq,), What.DKV: (dk, dv)}
 
-        def compute(launch: Launch, tensors: Callable[[What, int], Sequence[Tensor]]) -> None:
-            (queries,), (keys, values) = tensors(What.Q, launch.q_owner), tensors(What.KV, launch.kv_owner)
-            upstream, lse_, delta_ = tensors(What.DOUT, launch.q_owner)
-            sums = (*tensors(What.DQ, launch.q_owner), *tensors(What.DKV, launch.kv_owner))
+        def compute(launch: Launch, tensors: Callable[[What, Place], Sequence[Tensor]]) -> None:
+            (queries,), (keys, values) = tensors(What.Q, launch.q), tensors(What.KV, launch.kv)
+            upstream, lse_, delta_ = tensors(What.DOUT, launch.q)
+            sums = (*tensors(What.DQ, launch.q), *tensors(What.DKV, launch.kv))
             backend.backward(upstream, queries, keys, values, delta_, lse_, launch.bands, scores, *sums)
 
         yield from self._run(program, q.device, kept, mine.__getitem__, compute, slot)
@@ -173,7 +173,7 @@ class Executor:
         device: torch.device,
         kept: Tensor,
         own: Callable[[What], Sequence[Tensor]],
-        compute: Callable[[Launch, Callable[[What, int], Sequence[Tensor]]], None],
+        compute: Callable[[Launch, Callable[[What, Place], Sequence[Tensor]]], None],
         slot: int,
     ) -> Steps[None]:
         """One pass. An error is published, so that the peers that wait for this rank name its cause."""
@@ -193,14 +193,14 @@ class Executor:
         program: Program,
         bound: _Bound,
         own: Callable[[What], Sequence[Tensor]],
-        compute: Callable[[Launch, Callable[[What, int], Sequence[Tensor]]], None],
+        compute: Callable[[Launch, Callable[[What, Place], Sequence[Tensor]]], None],
         call: int,
     ) -> Steps[None]:
         """Boundary by boundary: await, unpack, pack, post, launch. Yields as ``steps.py`` says."""
         pending: dict[int, Pending] = {}
 
-        def tensors(what: What, owner: int) -> Sequence[Tensor]:
-            return own(what) if owner == program.rank else bound.tensors[id(program.buffers[what, owner])]
+        def tensors(what: What, place: Place) -> Sequence[Tensor]:
+            return own(what) if place.owner == program.rank else bound.tensors[id(program.buffers[what, place])]
 
         for boundary in range(program.stages + 1):
             if boundary == program.stages > 0 or gives_turn(boundary, program.stages):
@@ -223,22 +223,22 @@ class Executor:
         if program.stages == 0:
             yield True
 
-    def _post(self, batch: Batch, bound: _Bound, tensors: Callable[[What, int], Sequence[Tensor]], call: int) -> Pending:
+    def _post(self, batch: Batch, bound: _Bound, tensors: Callable[[What, Place], Sequence[Tensor]], call: int) -> Pending:
         for message in batch.sends:
             if message.direct is None:
                 for item in message.items:
-                    for source, target in zip(tensors(item.what, item.owner), bound.tensors[id(item)], strict=True):
+                    for source, target in zip(tensors(item.what, item.place), bound.tensors[id(item)], strict=True):
                         _take_rows(item, source, target)
         sends, receives = ([(m.peer, bound.bytes_of[id(m)]) for m in side] for side in (batch.sends, batch.receives))
         assert batch.awaited is not None
         return self.communicator.post(batch.lane, sends, receives, batch.awaited._replace(call=call))
 
-    def _unpack(self, message: Message, bound: _Bound, tensors: Callable[[What, int], Sequence[Tensor]]) -> None:
+    def _unpack(self, message: Message, bound: _Bound, tensors: Callable[[What, Place], Sequence[Tensor]]) -> None:
         """Inputs are put where they belong, sums are added, partial results merged; in plan order."""
         if message.direct is not None:
             return
         for item in message.items:
-            mine, arrived = tensors(item.what, item.owner), bound.tensors[id(item)]
+            mine, arrived = tensors(item.what, item.place), bound.tensors[id(item)]
             if item.what == What.OUT:
                 _merge_rows(item, State(*mine), State(arrived[0].to(mine[0].dtype), arrived[1]))
                 continue
@@ -295,14 +295,15 @@ class Executor:
     @staticmethod
     def _restore(program: Program, bound: _Bound, kept: Tensor) -> None:
         """Kept rows whose place differs in this pass are copied there."""
-        for old, new in program.restored:
-            if old is new:
-                continue
+        copies = [(old, new) for old, new in program.restored if old is not new]
+        for buffer in {id(new): new for _, new in copies}.values():
+            for target in bound.tensors[id(buffer)]:
+                target.zero_()  # rows that are still to come may be loaded with their tile
+        for old, new in copies:
             memory = kept[old.stretch.place : old.stretch.place + old.stretch.size]
             for source, target in zip((part.view(memory) for part in old.parts), bound.tensors[id(new)], strict=True):
-                target.zero_()  # rows that are still to come may be loaded with their tile
-                for (owner, start), stop in zip(old.packing.start, old.packing.stop, strict=True):
-                    a, b = old.packing.row(owner, start, stop), new.packing.row(owner, start, stop)
+                for start, stop in old.packing.common(new.packing):
+                    a, b = old.packing.row(start, stop), new.packing.row(start, stop)
                     target[b : b + stop - start].copy_(source[a : a + stop - start])
 
 

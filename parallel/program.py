@@ -2,63 +2,38 @@
 
 Memory is one workspace of bytes. Every foreign buffer and every packed message has a place in it and a life: from its first
 use to its last, counted in half steps (``2 b`` is the arrival phase of boundary ``b``, ``2 b + 1`` its posting phase and the
-tasks of stage ``b``). Places are given first-fit to what lives at the same time, so a ring reuses two slots for ever.
+tasks of stage ``b``). What does not live at the same time may have the same place, so a ring reuses two slots for ever.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from distattn.kernels.bands import Bands, shift
 from distattn.parallel.comm import Awaited
-from distattn.parallel.intervals import Intervals, union
+from distattn.parallel.packing import Packing, Visits, packings, pool_kept, pool_rows
 from distattn.parallel.plan import (
-    KV_OWNER,
     LANE,
     NEED,
     OWNER,
     POOL,
     POST,
-    Q_OWNER,
     SRC,
     START,
     STOP,
     WHAT,
     Plan,
     What,
+    no_kept,
 )
 from distattn.parallel.shape import ALIGNMENT, Shape
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Which rows of its owners' shards a buffer holds, one maximal run after the other without gaps."""
-
-    start: tuple[tuple[int, int], ...]  # (owner, row)
-    stop: tuple[int, ...]
-    offset: tuple[int, ...]
-    rows: int
-
-    @classmethod
-    def of(cls, owners: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Packing:
-        runs = union(Intervals(owners, starts, stops))
-        offset = np.concatenate([[0], np.cumsum(runs.rows)])
-        owner, start, stop, begin = (column.tolist() for column in (runs.key, runs.start, runs.stop, offset))
-        return cls(tuple(zip(owner, start, strict=True)), tuple(stop), tuple(begin[:-1]), begin[-1])
-
-    def row(self, owner: int, start: int, stop: int) -> int:
-        """Where rows [start, stop) of the owner's shard begin in the packed buffer."""
-        run = bisect_right(self.start, (owner, start)) - 1
-        found = run >= 0 and self.start[run][0] == owner and stop <= self.stop[run]
-        assert found, f"rows [{start}, {stop}) of rank {owner} are not held"
-        return self.offset[run] + start - self.start[run][1]
 
 
 @dataclass(frozen=True)
@@ -85,6 +60,13 @@ def _parts(kinds: list[tuple[torch.dtype, tuple[int, ...]]], rows: int, offset: 
     return tuple(parts), offset
 
 
+class Place(NamedTuple):
+    """Whose rows (``POOL``: those of all other ranks together), and of which visit; a rank's own rows have but one."""
+
+    owner: int
+    visit: int = 0
+
+
 @dataclass(eq=False)
 class Stretch:
     """Bytes with a life: [born, dies] in half steps, both ends included. ``place`` is set by :func:`_allocate`."""
@@ -100,10 +82,10 @@ class Stretch:
 
 @dataclass(eq=False)
 class Buffer:
-    """Rows of a foreign owner (or of the ``POOL``): received inputs, or sums to go home. ``kept``: it outlives the pass."""
+    """Rows of a foreign owner: received inputs, or sums on their way home. ``kept``: it outlives the pass."""
 
     what: What
-    owner: int
+    place: Place
     packing: Packing
     parts: tuple[Part, ...]  # offsets from the beginning of the stretch
     stretch: Stretch
@@ -113,10 +95,10 @@ class Buffer:
 
 @dataclass(eq=False)
 class Item:
-    """Rows of one buffer (or of the own tensors) inside a message: runs of them, and parts of the message."""
+    """Rows of one buffer (or the own tensors) inside a message: runs of the buffer and parts of the message."""
 
     what: What
-    owner: int
+    place: Place
     runs: tuple[tuple[int, int], ...]
     parts: tuple[Part, ...]
     _index: dict[torch.device, torch.Tensor] = field(default_factory=dict)
@@ -153,10 +135,10 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """One kernel launch: queries and keys of one owner or the ``POOL`` each; bands in the rows that this rank holds of them."""
+    """One kernel launch: queries of one owner, keys of one owner, bands in the rows of what this rank holds of them."""
 
-    q_owner: int
-    kv_owner: int
+    q: Place
+    kv: Place
     bands: Bands
 
 
@@ -167,7 +149,7 @@ class Program:
     plan: Plan
     shape: Shape
     rank: int
-    buffers: dict[tuple[What, int], Buffer]
+    buffers: dict[tuple[What, Place], Buffer]
     posts: list[list[Batch]]  # by boundary
     waits: list[list[Batch]]
     launches: list[list[Launch]]  # by stage
@@ -175,7 +157,7 @@ class Program:
     stretches: list[Stretch]  # of the workspace
     workspace_bytes: int
     kept_bytes: int
-    restored: list[tuple[Buffer, Buffer]]  # (kept buffer of the forward program, buffer here that takes rows of it)
+    restored: list[tuple[Buffer, Buffer]]  # (kept buffer of the forward program, buffer here that takes rows of it or is it)
 
     @property
     def stages(self) -> int:
@@ -189,12 +171,12 @@ class Program:
     @cached_property
     def local_launches(self) -> int:
         """Launches on this rank's own queries."""
-        return sum(launch.q_owner == self.rank for stage in self.launches for launch in stage)
+        return sum(launch.q.owner == self.rank for stage in self.launches for launch in stage)
 
     @cached_property
     def partials_arrive(self) -> bool:
         """Whether other ranks send partial results of this rank's queries."""
-        return any(item.what == What.OUT and item.owner == self.rank for message in self.messages for item in message.items)
+        return any(item.what == What.OUT and item.place.owner == self.rank for message in self.messages for item in message.items)
 
     @cached_property
     def deaths(self) -> list[list[Stretch]]:
@@ -205,20 +187,21 @@ class Program:
         return deaths
 
 
-def compile_program(plan: Plan, shape: Shape, keep: Iterable[tuple[What, int]] = (), forward: Program | None = None) -> Program:
+def compile_program(plan: Plan, shape: Shape, keep: np.ndarray | None = None, forward: Program | None = None) -> Program:
     """Compiles a rank's view of a plan.
 
     Args:
         plan: the view of one rank.
-        keep: for a forward pass, the (what, owner) whose buffers the backward pass will want.
+        keep: for a forward pass, the runs that the backward pass will want: the ``kept`` of its plan.
         forward: for a backward pass, the program whose kept buffers it finds.
     """
     assert plan.rank is not None, "only a view can be compiled"
     rank = plan.rank
-    packings = _packings(plan, rank)
-    buffers = _buffers(plan, shape, rank, packings, {(what, plan.store(owner)) for what, owner in keep})
+    plan, keep = pool_rows(plan), pool_kept(plan, no_kept() if keep is None else keep)
+    held = packings(plan, rank)
+    buffers = _buffers(plan, shape, rank, held, keep)
     restored = _restored(plan, buffers, forward) if forward else []
-    batches = _batches(plan, shape, rank, packings, buffers)
+    batches = _batches(plan, shape, rank, held, buffers)
     posts: list[list[Batch]] = [[] for _ in range(plan.stages + 1)]
     waits: list[list[Batch]] = [[] for _ in range(plan.stages + 1)]
     for batch in batches:
@@ -236,28 +219,8 @@ def compile_program(plan: Plan, shape: Shape, keep: Iterable[tuple[What, int]] =
     stretches = [b.stretch for b in buffers.values() if not b.kept]
     stretches += [m.stretch for batch in batches for m in batch.sends + batch.receives if m.stretch]
     workspace = _allocate(stretches)
-    launches = _launches(plan, rank, packings)
+    launches = _launches(plan, rank, held)
     return Program(plan, shape, rank, buffers, posts, waits, launches, zeros, stretches, workspace, kept_bytes, restored)
-
-
-def _packings(plan: Plan, rank: int) -> dict[tuple[bool, int], Packing]:
-    """One packing for the query side and one for the key side of every foreign owner, or of all of them."""
-    t, tasks, kept = plan.transfers, plan.tasks, plan.kept
-    blocks = [(np.isin(t[:, WHAT], (What.KV, What.DKV)), t[:, OWNER], t[:, START], t[:, STOP])]
-    blocks.append((np.isin(kept[:, 4], (What.KV, What.DKV)), kept[:, 1], kept[:, 2], kept[:, 3]))
-    for key_side, owner in ((False, Q_OWNER), (True, KV_OWNER)):
-        blocks.append((np.full(len(tasks), key_side), tasks[:, owner], tasks[:, owner + 1], tasks[:, owner + 2]))
-    side, owner, start, stop = (np.concatenate(c) for c in zip(*blocks, strict=True))
-    foreign = np.flatnonzero(owner != rank)
-    store = plan.stores(np.full_like(owner, rank), owner)
-    order = foreign[np.lexsort((store[foreign], side[foreign]))]
-    side, store, owner, start, stop = (column[order] for column in (side, store, owner, start, stop))
-    border = np.flatnonzero((side[1:] != side[:-1]) | (store[1:] != store[:-1])) + 1
-    packings = {}
-    for a, b in zip(np.concatenate([[0], border]), np.concatenate([border, [len(side)]]), strict=True):
-        if b > a:
-            packings[bool(side[a]), int(store[a])] = Packing.of(owner[a:b], start[a:b], stop[a:b])
-    return packings
 
 
 def _stored_parts(shape: Shape, what: What) -> list[tuple[torch.dtype, tuple[int, ...]]]:
@@ -265,41 +228,54 @@ def _stored_parts(shape: Shape, what: What) -> list[tuple[torch.dtype, tuple[int
     return [(shape.accumulate if what.is_sum else dtype, tail) for dtype, tail in shape.parts(what)]
 
 
+def _place(held: dict[tuple[bool, int], Visits], rank: int, key_side: bool, owner: int, row: int) -> Place:
+    """The place that has a row of an owner's shard."""
+    return Place(owner) if owner == rank else Place(owner, held[key_side, owner].holding(row))
+
+
+def _row(held: dict[tuple[bool, int], Visits], rank: int, key_side: bool, place: Place, start: int, stop: int) -> int:
+    """Where rows [start, stop) of an owner's shard begin in the tensors of their place."""
+    return start if place.owner == rank else held[key_side, place.owner].packings[place.visit].row(start, stop)
+
+
 def _buffers(
-    plan: Plan, shape: Shape, rank: int, packings: dict[tuple[bool, int], Packing], keep: set[tuple[What, int]]
-) -> dict[tuple[What, int], Buffer]:
-    """A buffer for every (what, store) of foreign rows that this rank receives or makes, alive while tasks use it."""
-    buffers: dict[tuple[What, int], Buffer] = {}
+    plan: Plan, shape: Shape, rank: int, held: dict[tuple[bool, int], Visits], keep: np.ndarray
+) -> dict[tuple[What, Place], Buffer]:
+    """A buffer for everything foreign that this rank receives or makes of a visit, alive while tasks use it."""
+    buffers: dict[tuple[What, Place], Buffer] = {}
 
-    def buffer(what: What, owner: int) -> Buffer:
-        owner = plan.store(owner)
-        if (what, owner) not in buffers:
-            packing = packings[what.is_key_side, owner]
+    def buffer(what: What, owner: int, row: int) -> Buffer:
+        place = _place(held, rank, what.is_key_side, owner, row)
+        if (what, place) not in buffers:
+            packing = held[what.is_key_side, owner].packings[place.visit]
             parts, size = _parts(_stored_parts(shape, what), packing.rows, 0)
-            stretch = Stretch(size, 2 * plan.stages + 1, 0)
-            buffers[what, owner] = Buffer(what, owner, packing, parts, stretch, (what, owner) in keep)
-        return buffers[what, owner]
+            buffers[what, place] = Buffer(what, place, packing, parts, Stretch(size, 2 * plan.stages + 1, 0))
+        return buffers[what, place]
 
-    arrivals: dict[tuple[What, int], set[int]] = defaultdict(set)
-    for src, _, owner, _, _, what, _, post, need in plan.transfers.tolist():
+    arrivals: dict[tuple[What, Place], set[int]] = defaultdict(set)
+    for src, _, owner, start, _, what, _, post, need in plan.transfers.tolist():
         if owner != rank:
             what = What(what).stored
-            buffer(what, owner).stretch.live_at(2 * post + 1 if src == rank else 2 * need)
+            one = buffer(what, owner, start)
+            one.stretch.live_at(2 * post + 1 if src == rank else 2 * need)
             if src != rank:
-                arrivals[what, plan.store(owner)].add(need)
-                _begin(buffer(what, owner), 2 * need)
-    for _, owner, _, _, what in plan.kept.tolist():
-        buffer(What(what), owner).stretch.live_at(0)
+                arrivals[what, one.place].add(need)
+                _begin(one, 2 * need)
+    for _, owner, start, _, what in plan.kept.tolist():
+        buffer(What(what), owner, start).stretch.live_at(0)
     q_kinds = (What.Q, What.OUT) if plan.direction == "forward" else (What.Q, What.DOUT, What.DQ)
     kv_kinds = (What.KV,) if plan.direction == "forward" else (What.KV, What.DKV)
-    for stage, _, q_owner, _, _, kv_owner, _, _ in plan.tasks.tolist():
-        for owner, kinds in ((q_owner, q_kinds), (kv_owner, kv_kinds)):
+    for stage, _, q_owner, q_start, _, kv_owner, kv_start, _ in plan.tasks.tolist():
+        for owner, row, kinds in ((q_owner, q_start, q_kinds), (kv_owner, kv_start, kv_kinds)):
             for what in kinds if owner != rank else ():
-                buffer(what, owner).stretch.live_at(2 * stage + 1)
-                _begin(buffer(what, owner), 2 * stage + 1)
-    for (what, owner), boundaries in arrivals.items():  # a tile may be loaded whole while some of its rows are still to come
-        if not what.is_sum and len(boundaries) > 1:
-            buffers[what, owner].zero_at = 2 * min(boundaries)
+                one = buffer(what, owner, row)
+                one.stretch.live_at(2 * stage + 1)
+                _begin(one, 2 * stage + 1)
+    for key, boundaries in arrivals.items():  # a tile may be loaded whole while some of its rows are still to come
+        if not key[0].is_sum and len(boundaries) > 1:
+            buffers[key].zero_at = 2 * min(boundaries)
+    for _, owner, start, _, what in keep.tolist():
+        buffer(What(what), owner, start).kept = True
     return buffers
 
 
@@ -308,22 +284,22 @@ def _begin(buffer: Buffer, step: int) -> None:
         buffer.zero_at = step if buffer.zero_at is None else min(buffer.zero_at, step)
 
 
-def _restored(plan: Plan, buffers: dict[tuple[What, int], Buffer], forward: Program) -> list[tuple[Buffer, Buffer]]:
+def _restored(plan: Plan, buffers: dict[tuple[What, Place], Buffer], forward: Program) -> list[tuple[Buffer, Buffer]]:
     """Kept rows are used where the forward pass left them if the packing is the same, else copied into a buffer of this pass."""
+    owners = {(What(row[4]), row[1]) for row in plan.kept.tolist()}
+    kept = [b for (what, place), b in sorted(forward.buffers.items()) if b.kept and (what, place.owner) in owners]
     pairs = []
-    for key in sorted({(What(row[4]), plan.store(row[1])) for row in plan.kept.tolist()}):
-        old, new = forward.buffers[key], buffers[key]
-        assert old.kept, "the forward program was compiled without knowing what to keep"
-        if old.packing == new.packing:
-            buffers[key] = old
-            pairs.append((old, old))
-        else:
-            pairs.append((old, new))
+    for key, new in sorted(buffers.items()):
+        for old in kept:
+            if (old.what, old.place.owner) == (new.what, new.place.owner) and old.packing.common(new.packing):
+                same = old.packing == new.packing
+                buffers[key] = old if same else new
+                pairs.append((old, old if same else new))
     return pairs
 
 
 def _batches(
-    plan: Plan, shape: Shape, rank: int, packings: dict[tuple[bool, int], Packing], buffers: dict[tuple[What, int], Buffer]
+    plan: Plan, shape: Shape, rank: int, held: dict[tuple[bool, int], Visits], buffers: dict[tuple[What, Place], Buffer]
 ) -> list[Batch]:
     by_batch: dict[tuple[int, int, int], list[list[int]]] = defaultdict(list)
     for row in plan.transfers.tolist():
@@ -336,7 +312,7 @@ def _batches(
             outgoing = row[SRC] == rank
             by_peer[outgoing, row[1] if outgoing else row[0]].append(row)
         for (outgoing, peer), mine in by_peer.items():
-            message = _message(plan, shape, packings, buffers, peer, mine, outgoing, post, batch.need)
+            message = _message(shape, rank, held, buffers, peer, mine, outgoing, post, batch.need)
             (batch.sends if outgoing else batch.receives).append(message)
         detail = "; ".join(_describe(m) for m in batch.receives) or "its sends to " + _ranks(m.peer for m in batch.sends)
         batch.awaited = Awaited(plan.direction, batch.need, plan.stages, detail)
@@ -345,32 +321,32 @@ def _batches(
 
 
 def _message(
-    plan: Plan,
     shape: Shape,
-    packings: dict[tuple[bool, int], Packing],
-    buffers: dict[tuple[What, int], Buffer],
+    rank: int,
+    held: dict[tuple[bool, int], Visits],
+    buffers: dict[tuple[What, Place], Buffer],
     peer: int,
     rows: list[list[int]],
     outgoing: bool,
     post: int,
     need: int,
 ) -> Message:
-    merged: list[tuple[What, int, list[tuple[int, int]]]] = []
+    merged: list[tuple[What, Place, list[tuple[int, int]]]] = []
     for row in rows:
         what, owner, start, stop = What(row[WHAT]), row[OWNER], row[START], row[STOP]
-        store = plan.store(owner)
-        begin = start if owner == plan.rank else packings[what.is_key_side, store].row(owner, start, stop)
+        place = _place(held, rank, what.is_key_side, owner, start)
+        begin = _row(held, rank, what.is_key_side, place, start, stop)
         run = (begin, begin + stop - start)
-        if not merged or merged[-1][:2] != (what, store):
-            merged.append((what, store, [run]))
+        if not merged or merged[-1][:2] != (what, place):
+            merged.append((what, place, [run]))
         elif merged[-1][2][-1][1] == run[0]:
             merged[-1][2][-1] = (merged[-1][2][-1][0], run[1])
         else:
             merged[-1][2].append(run)
     items, size = [], 0
-    for what, store, runs in merged:
+    for what, place, runs in merged:
         parts, size = _parts(shape.parts(what), sum(b - a for a, b in runs), size)
-        items.append(Item(what.stored, store, tuple(runs), parts))
+        items.append(Item(what.stored, place, tuple(runs), parts))
     step_out, step_in = 2 * post + 1, 2 * need
     whole = _whole_buffer(shape, items, buffers)
     if whole is not None and (outgoing or not whole.what.is_sum):
@@ -379,11 +355,11 @@ def _message(
     return Message(peer, tuple(items), size, Stretch(size, step_out, step_in))
 
 
-def _whole_buffer(shape: Shape, items: list[Item], buffers: dict[tuple[What, int], Buffer]) -> Buffer | None:
+def _whole_buffer(shape: Shape, items: list[Item], buffers: dict[tuple[What, Place], Buffer]) -> Buffer | None:
     """The buffer that this message is byte for byte, if there is one."""
-    if len(items) != 1 or (items[0].what, items[0].owner) not in buffers:
+    if len(items) != 1 or (items[0].what, items[0].place) not in buffers:
         return None
-    item, buffer = items[0], buffers[items[0].what, items[0].owner]
+    item, buffer = items[0], buffers[items[0].what, items[0].place]
     same = item.runs == ((0, buffer.packing.rows),) and item.parts == buffer.parts
     return buffer if same else None
 
@@ -395,42 +371,45 @@ def _ranks(peers: Iterable[int]) -> str:
 def _describe(message: Message) -> str:
     rows = []
     for item in message.items:
-        whose = "" if item.owner == POOL else f" of rank {item.owner}"
+        whose = "" if item.place.owner == POOL else f" of rank {item.place.owner}"
         rows.append(f"{item.what.name.lower()}{whose} ({sum(b - a for a, b in item.runs)} rows)")
     return f"{', '.join(rows)} from rank {message.peer}"
 
 
-def _launches(plan: Plan, rank: int, packings: dict[tuple[bool, int], Packing]) -> list[list[Launch]]:
+def _launches(plan: Plan, rank: int, held: dict[tuple[bool, int], Visits]) -> list[list[Launch]]:
     """The tasks of a stage that read the same two buffers, in one launch."""
     offsets = np.zeros((len(plan.tasks), 2), dtype=np.int64)
-    stores = []
+    places = []
     for i, (stage, at, q_owner, q_start, q_stop, kv_owner, kv_start, kv_stop) in enumerate(plan.tasks.tolist()):
         assert at == rank
-        q_store, kv_store = plan.store(q_owner), plan.store(kv_owner)
-        dq = q_start if q_owner == rank else packings[False, q_store].row(q_owner, q_start, q_stop)
-        dk = kv_start if kv_owner == rank else packings[True, kv_store].row(kv_owner, kv_start, kv_stop)
-        offsets[i] = dq, dk
-        stores.append((stage, q_store, kv_store))
+        q, kv = _place(held, rank, False, q_owner, q_start), _place(held, rank, True, kv_owner, kv_start)
+        offsets[i] = _row(held, rank, False, q, q_start, q_stop), _row(held, rank, True, kv, kv_start, kv_stop)
+        places.append((stage, q, kv))
     bands = shift(plan.bands, *np.repeat(offsets, np.diff(plan.band_ptr), axis=0).T)
-    tables: list[dict[tuple[int, int], list[np.ndarray]]] = [defaultdict(list) for _ in range(plan.stages)]
-    for (stage, q_store, kv_store), begin, end in zip(stores, plan.band_ptr[:-1], plan.band_ptr[1:], strict=True):
+    tables: list[dict[tuple[Place, Place], list[np.ndarray]]] = [defaultdict(list) for _ in range(plan.stages)]
+    for (stage, q, kv), begin, end in zip(places, plan.band_ptr[:-1], plan.band_ptr[1:], strict=True):
         if begin < end:
-            tables[stage][q_store, kv_store].append(bands[begin:end])
+            tables[stage][q, kv].append(bands[begin:end])
     return [[Launch(*key, Bands(np.concatenate(t))) for key, t in stage.items()] for stage in tables]
 
 
 def _allocate(stretches: list[Stretch]) -> int:
-    """First fit: gives every stretch a place that nothing alive at the same time has; returns the bytes needed."""
+    """Gives every stretch a place that nothing alive at the same time has; returns the bytes needed.
+
+    The largest first, and of these those that live longest, each in the first gap that is left: rings come down to the most
+    bytes that are alive at once. In the order of their births the small ones would leave holes that no large one fits.
+    """
     total = 0
-    active: list[Stretch] = []
-    for stretch in sorted(stretches, key=lambda s: (s.born, -s.size)):
-        active = sorted((a for a in active if a.dies >= stretch.born), key=lambda a: a.place)
+    alive: dict[int, list[Stretch]] = defaultdict(list)
+    for stretch in sorted(stretches, key=lambda s: (-s.size, s.born - s.dies, s.born)):
+        life = range(stretch.born, stretch.dies + 1)
         place = 0
-        for other in active:
+        for other in sorted({id(o): o for step in life for o in alive[step]}.values(), key=lambda o: o.place):
             if other.place - place >= stretch.size:
                 break
             place = max(place, other.place + other.size)
         stretch.place = place
-        active.append(stretch)
+        for step in life:
+            alive[step].append(stretch)
         total = max(total, place + stretch.size)
     return total

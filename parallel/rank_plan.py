@@ -17,7 +17,7 @@ from distattn.parallel.comm import Communicator
 from distattn.parallel.head_split import HeadSplit, inner_shape
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
-from distattn.parallel.plan import Plan, What
+from distattn.parallel.plan import Plan
 from distattn.parallel.program import Program, compile_program
 from distattn.parallel.schedule import Rotation, Schedule, make_schedule
 from distattn.parallel.shape import Shape
@@ -160,8 +160,7 @@ class RankPlan:
             if rotation not in self._backward:
                 self._backward[rotation] = self.schedule.backward(rotation).view(self.rank // self.ulysses)
             backward = self._backward[rotation]
-            keep = {(What(what), owner) for _, owner, _, _, what in backward.kept.tolist()}
-            forward = compile_program(self.forward, shape, keep)
+            forward = compile_program(self.forward, shape, backward.kept)
             self._programs[shape] = forward, compile_program(backward, shape, forward=forward)
         return self._programs[shape]
 

@@ -276,8 +276,7 @@ def peak_buffer_bytes(forward: Plan, shape: Shape, backward: Plan | None = None,
 
 def _allocated(forward: Plan, shape: Shape, backward: Plan | None, rank: int) -> int:
     back = None if backward is None else backward.view(rank)
-    keep = set() if back is None else {(What(what), owner) for _, owner, _, _, what in back.kept.tolist()}
-    programs: list[Program] = [compile_program(forward.view(rank), shape, keep)]
+    programs: list[Program] = [compile_program(forward.view(rank), shape, None if back is None else back.kept)]
     if back is not None:
         programs.append(compile_program(back, shape, forward=programs[0]))
     return programs[0].kept_bytes + max(program.workspace_bytes for program in programs)

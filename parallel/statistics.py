@@ -9,6 +9,7 @@ import numpy as np
 from distattn.kernels.bands import K0, K1, Q0, Q1, areas
 from distattn.parallel.head_split import HeadSplit, Parts, bytes_of, inner_shape, row_parts
 from distattn.parallel.intervals import Intervals, groups, subtract, union
+from distattn.parallel.packing import NO_TIME, in_stores, time_of_use, visits
 from distattn.parallel.plan import (
     DST,
     KV_OWNER,
@@ -128,16 +129,19 @@ def wasted_rows(plan: Plan) -> int:
 def peak_buffer_rows(plan: Plan, weights: np.ndarray | None = None) -> np.ndarray:
     """Rows of foreign data (inputs and sums) that each rank holds at once, at most; int64 [P].
 
-    The rows of an owner (of all, in a pooled plan) are held from the boundary that posts their first arrival (or the stage of the
-    first task that adds to them) to the end of the last stage that uses one, or the boundary that awaits their last departure.
-    With ``weights``, int64 by What, the most that these rows weigh together: bytes, say.
+    A visit of an owner's rows is held from the boundary that posts its first arrival (or the stage of the first task that adds
+    to it) to the end of the last stage that uses it, or the boundary that awaits its last departure. With ``weights``, int64
+    by What, the most that these rows weigh together: bytes, say.
     """
     t, tasks = plan.transfers, plan.tasks
     stored = np.array([what.stored for what in What])[t[:, WHAT]]
+    used = time_of_use(t[:, WHAT], t[:, NEED])
+    nowhen = np.full(len(t), NO_TIME)
+    at_start = np.zeros(len(plan.kept), np.int64)
     columns = [
-        (t[:, DST], t[:, OWNER], stored, t[:, START], t[:, STOP], t[:, POST], t[:, NEED]),
-        (t[:, SRC], t[:, OWNER], stored, t[:, START], t[:, STOP], t[:, POST], t[:, NEED]),
-        (*(plan.kept[:, c] for c in (0, 1, 4, 2, 3)), np.zeros(len(plan.kept), np.int64), np.zeros(len(plan.kept), np.int64)),
+        (t[:, DST], t[:, OWNER], stored, t[:, START], t[:, STOP], t[:, POST], t[:, NEED], used),
+        (t[:, SRC], t[:, OWNER], stored, t[:, START], t[:, STOP], t[:, POST], t[:, NEED], nowhen),
+        (*(plan.kept[:, c] for c in (0, 1, 4, 2, 3)), at_start, at_start, at_start + NO_TIME),
     ]
     uses = [(What.Q, Q_OWNER, Q_START, Q_STOP), (What.KV, KV_OWNER, KV_START, KV_STOP)]
     uses += (
@@ -146,16 +150,18 @@ def peak_buffer_rows(plan: Plan, weights: np.ndarray | None = None) -> np.ndarra
         else [(What.DOUT, Q_OWNER, Q_START, Q_STOP), (What.DQ, Q_OWNER, Q_START, Q_STOP), (What.DKV, KV_OWNER, KV_START, KV_STOP)]
     )
     for what, owner, start, stop in uses:
-        kind = np.full(len(tasks), what)
-        columns.append(
-            (tasks[:, RANK], tasks[:, owner], kind, tasks[:, start], tasks[:, stop], tasks[:, STAGE], tasks[:, STAGE] + 1)
-        )
-    rank, owner, what, start, stop, born, dies = (np.concatenate(c) for c in zip(*columns, strict=True))
+        kind, stage = np.full(len(tasks), what), tasks[:, STAGE]
+        columns.append((tasks[:, RANK], tasks[:, owner], kind, tasks[:, start], tasks[:, stop], stage, stage + 1, stage))
+    rank, owner, what, start, stop, born, dies, time = (np.concatenate(c) for c in zip(*columns, strict=True))
     foreign = rank != owner
-    rank, owner, what, start, stop, born, dies = (c[foreign] for c in (rank, owner, what, start, stop, born, dies))
-    number, first = groups(rank, plan.stores(rank, owner), what)
-    runs = union(Intervals(number * plan.world + owner, start, stop))
-    rows = np.bincount(runs.key // plan.world, weights=runs.rows, minlength=len(first)).astype(np.int64)
+    rank, owner, what, start, stop, born, dies, time = (c[foreign] for c in (rank, owner, what, start, stop, born, dies, time))
+    key_side = np.isin(what, (What.KV, What.DKV))
+    store, start, stop = in_stores(plan, rank, owner, start, stop)
+    time = np.zeros_like(time) if plan.pooled else time
+    visit = visits((rank * (plan.world + 1) + store + 1) * 2 + key_side, start, stop, time)
+    number, first = groups(visit, what)
+    runs = union(Intervals(number, start, stop))
+    rows = np.bincount(runs.key, weights=runs.rows, minlength=len(first)).astype(np.int64)
     if weights is not None:
         rows *= weights[what[first]]
     begin, end = np.full(len(first), plan.stages + 1), np.zeros(len(first), np.int64)

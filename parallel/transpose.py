@@ -194,7 +194,8 @@ def _inputs(
     runs = union(Intervals(group, start[again], stop[again]))
     g = runs.key
     resent = np.stack([src[g], dst[g], owner[g], runs.start, runs.stop, what[g], lane[g], post[g], need[g]], 1)
-    group, first = groups(*(c[kept] for c in (row[:, DST], row[:, OWNER], row[:, WHAT])))
+    # Rows that are used at different times are runs of their own: they are different visits, as in the forward pass.
+    group, first = groups(*(c[kept] for c in (row[:, DST], row[:, OWNER], row[:, WHAT], use)))
     runs = union(Intervals(group, start[kept], stop[kept]))
     rank, owner, what = (row[kept][first][:, c] for c in (DST, OWNER, WHAT))
     table = np.stack([rank[runs.key], owner[runs.key], runs.start, runs.stop, what[runs.key]], 1)

@@ -56,12 +56,12 @@ class Named:
     for_backward: Build | None = None
 
 
-def _ring(layout: Layout, mask: Mask, _: Strategy, rank: int | None) -> Plan:
-    return ring(layout, mask, rank)
+def _ring(layout: Layout, mask: Mask, strategy: Strategy, rank: int | None) -> Plan:
+    return ring(layout, mask, rank, laps=strategy.laps or 1)
 
 
-def _query_ring(layout: Layout, mask: Mask, _: Strategy, rank: int | None) -> Plan:
-    return query_ring(layout, mask, rank)
+def _query_ring(layout: Layout, mask: Mask, strategy: Strategy, rank: int | None) -> Plan:
+    return query_ring(layout, mask, rank, laps=strategy.laps or 1)
 
 
 def _double_ring(layout: Layout, mask: Mask, strategy: Strategy, rank: int | None) -> Plan:
@@ -116,6 +116,9 @@ SCHEDULES: dict[str, Named] = {
 }
 
 
+POOLED = ("disaggregate",)  # schedules that give work to ranks without tokens
+
+
 def checked_strategy(strategy: Strategy | str, world: int) -> Strategy:
     """The strategy if it can be built for ``world`` ranks.
 
@@ -131,12 +134,13 @@ def checked_strategy(strategy: Strategy | str, world: int) -> Strategy:
     for name, known in (("rotate", get_args(Rotate)), ("keep", get_args(Keep))):
         if getattr(s, name) not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}. Found {getattr(s, name)!r}.")
-    for name in ("ulysses", "devices", "stages", "in_flight"):
+    for name in ("ulysses", "devices", "stages", "in_flight", "laps"):
         value = getattr(s, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name} must be a whole number of 1 or more. Found {value!r}.")
     _check_servers(s, world)
-    takers_of = {"stages": ("gather", "disaggregate"), "in_flight": ("tree",), "balance": ("disaggregate",)}
+    rings, shared = ("ring", "zigzag", "striped"), ("disaggregate",)
+    takers_of = {"stages": ("gather", *shared), "in_flight": ("tree",), "laps": rings, "balance": shared}
     for name, takers in takers_of.items():
         if getattr(s, name) is not None and s.schedule not in takers:
             raise ValueError(f"{name} is an option of {', '.join(takers)}; {s.schedule} has none. Leave it out.")

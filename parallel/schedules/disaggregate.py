@@ -8,8 +8,7 @@ one travels, then the other half of its own while the last results go home.
 
 from __future__ import annotations
 
-from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,7 +22,6 @@ from distattn.parallel.plan import DST, HOME_LANE, NEED, OWNER, POST, RANK, SRC,
 from distattn.parallel.strategy import Balance
 
 LANE = 1
-TOLERANCES = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0)  # tried in turn where none is asked for
 
 
 class _Work(NamedTuple):
@@ -101,21 +99,15 @@ def balanced(layout: Layout, mask: Mask, balance: Balance, backward: bool = Fals
     Raises:
         ValueError: a limit that cannot be met; names it.
     """
-    options: dict[str, Any] = {"receive_rows": balance.receive_rows, "smallest": balance.smallest, "speeds": balance.speeds}
-    cost = balance.backward if backward else balance.forward
-    if balance.tolerance is not None or cost.far_seconds > 0:  # with seconds of links the fastest is known
-        return assign(layout, mask, cost=cost, tolerance=balance.tolerance, **options)
-    for tolerance in TOLERANCES:
-        with suppress(ValueError):
-            return assign(layout, mask, cost=cost, tolerance=tolerance, **options)
-    return at_home(layout)
-
-
-def at_home(layout: Layout) -> Assignment:
-    """Every query is computed by its owner."""
-    ranks = np.flatnonzero(layout.rows_all)
-    zero = np.zeros_like(ranks)
-    return Assignment(ranks, ranks, zero, layout.rows_all[ranks], zero, zero + layout.n_tokens)
+    return assign(
+        layout,
+        mask,
+        cost=balance.backward if backward else balance.forward,
+        tolerance=balance.tolerance,
+        receive_rows=balance.receive_rows,
+        smallest=balance.smallest,
+        speeds=balance.speeds,
+    )
 
 
 def check_step(layout: Layout) -> None:

@@ -63,6 +63,8 @@ def test_the_file_is_read_and_words_come_after_it(file: Path) -> None:
         ("train.beta2=1", "less than 1"),
         ("train.final_learning_rate=2", "between 0 and 1"),
         ("train.steps=0", "at least 1"),
+        ("train.steps=???", r"train.steps=\?\?\? says that its value is still missing. Give it one, or leave it out"),
+        ("parallel.laps=-1", "parallel.laps"),
         ("data.held_out=1.5", "less than 1"),
         ("data.path=", "data.path is empty"),
         ("checkpoint.keep=0", "at least 1"),
@@ -161,3 +163,26 @@ def test_speeds_are_one_number_a_rank() -> None:
         check_speeds(ParallelConfig("disaggregate", speeds=[1, 1]), cp=4)
     with pytest.raises(ValueError, match="less than 1/64 of the fastest"):
         check_speeds(ParallelConfig("disaggregate", speeds=[1, 0.01]), cp=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["parallel.servers=-1"], "parallel.servers=-1 must be at least 0"),
+        (["parallel.servers=2"], "parallel.servers=2 needs a schedule that gives work to ranks without tokens, found .*=zigzag"),
+        (["parallel.schedule=disaggregate", "parallel.servers=2", "parallel.keep=all"], "keep nothing between two calls"),
+        (["parallel.schedule=disaggregate", "parallel.servers=2", "train.device=cuda"], "reached over gloo, .* train.device=cpu"),
+        (["parallel.schedule=disaggregate", "parallel.servers=2", "parallel.ulysses=2"], "found parallel.ulysses=2"),
+        (["parallel.schedule=disaggregate", "parallel.servers=2", "parallel.dp=2"], "found parallel.dp=2"),
+        (["parallel.pool_store=node1"], "parallel.pool_store='node1' is no address. Write host:port"),
+        (["parallel.pool_store=node1:99999"], "is no address"),
+        (["parallel.schedule=disaggregate", "parallel.servers=2", "parallel.speeds=measure"], "found parallel.speeds=measure"),
+        (
+            ["parallel.schedule=disaggregate", "parallel.servers=2", "parallel.nano_batches=2", "train.sequences_per_step=2"],
+            "found parallel.nano_batches=2",
+        ),
+    ],
+)
+def test_pools_that_cannot_be_are_refused_before_anything_starts(file: Path, words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(file, words, 4)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +160,24 @@ def test_only_a_token_file_is_replaced(tmp_path: Path) -> None:
     for token in (1, 2):
         write_tokens(tokens, [np.array([token])], 256, "byte")
     assert open_tokens(tokens).tokens.tolist() == [2]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_two_that_prepare_the_same_folder_at_once_do_not_collide(
+    replace: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one is done while the first still writes; who does not replace goes on with what is there."""
+
+    def documents() -> Iterator[np.ndarray]:
+        yield np.array([1, 2, 3])
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 1)
+            write_tokens(tmp_path / "tokens", [np.array([7, 8])], 256, "byte", replace)
+
+    meta = write_tokens(tmp_path / "tokens", documents(), 256, "byte", replace)
+    found = open_tokens(tmp_path / "tokens")
+    assert found.tokens.tolist() == ([1, 2, 3] if replace else [7, 8]) and meta == found.meta
+    assert [inside.name for inside in tmp_path.iterdir()] == ["tokens"]
 
 
 def test_what_a_killed_preparation_left_does_not_stop_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

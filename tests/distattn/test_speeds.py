@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from distattn.kernels.aten import Aten
-from distattn.kernels.timed import Busy
+from distattn import ContextParallel
+from distattn.kernels.timed import Busy, Stopwatch
 from distattn.metrics import read
 from distattn.parallelize import make_world
-from distattn.speeds import UNIT, WINDOW, Speeds, given
+from distattn.speeds import UNIT, WINDOW, Speeds, gather, given
 from distattn.trainer import Trainer
 from tests.distattn.small_run import small_config, small_tokens
 from tests.workers import Pool
@@ -94,36 +93,67 @@ def test_given_speeds_are_whole_numbers_of_the_fastest() -> None:
     assert given([10.0, 0.2, 5.0]) == (64, 1, 32)
 
 
-def run_on_a_slow_rank(rank: int, world: int, folder: str) -> tuple[list[float], list[list[float]], str]:
-    """(losses, speeds after each step, what was printed) of a run in which the last rank's kernels take four times as long."""
-    config = small_config(Path(folder), world, parallel__speeds="measure", train__steps=2 * WINDOW, data__sequence_length=256)
-    said = io.StringIO()
+STEPS: dict[str, object] = {"train__steps": 12, "data__sequence_length": 512}
+TURNS = 3  # steps after which the last rank takes twice as long, by a clock that follows its work: the machine may be busy
+
+
+def run_with_a_rank_that_turns_slow(rank: int, world: int, folder: str, changes: dict[str, object]) -> tuple[list[Any], ...]:
+    """(losses, speeds, work of every rank, each by step; what was printed)"""
+    config = small_config(Path(folder), world, **STEPS, **changes, parallel__speeds="measure")
+    said, work = io.StringIO(), []
+
+    def recorded(cp: ContextParallel) -> list[Busy]:
+        ranks = gather(cp)
+        work.append([busy.work for busy in ranks])
+        return ranks
+
+    def clocked(stopwatch: Stopwatch) -> Busy:
+        done = take(stopwatch).work
+        return Busy(done // (500 if rank == world - 1 and len(work) >= TURNS else 1000), done)
+
+    take = Stopwatch.take
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(said))
-        for name in ("forward", "backward") if rank == world - 1 else ():
-            stack.enter_context(mock.patch.object(Aten, name, slowed(getattr(Aten, name))))
+        stack.enter_context(mock.patch("distattn.trainer.gather", recorded))
+        stack.enter_context(mock.patch.object(Stopwatch, "take", clocked))
         rows = read(Trainer(config, make_world(config, torch.device("cpu"))).train().metrics)
-    return [row["loss"] for row in rows if "loss" in row], [row["speeds"] for row in rows if "loss" in row], said.getvalue()
+    losses, speeds = ([row[name] for row in rows if "loss" in row] for name in ("loss", "speeds"))
+    return losses, speeds, work, said.getvalue().splitlines()
 
 
-def slowed(launch: Callable[..., Any]) -> Callable[..., Any]:
-    def slow(*arguments: Any) -> Any:
-        started = time.perf_counter()
-        result = launch(*arguments)
-        time.sleep(3 * (time.perf_counter() - started))
-        return result
-
-    return slow
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("speeds")
+    small_tokens(folder / "tokens", longest=300)
+    return folder
 
 
-def test_a_run_finds_its_slow_rank_and_says_so(tmp_path: Path, gloo: Pool) -> None:
-    """Zigzag gives every rank the same work whatever its speed: it is measured and told, and nothing else changes."""
-    small_tokens(tmp_path / "tokens")
-    (losses, speeds, said), other = gloo(2).run(run_on_a_slow_rank, str(tmp_path))
-    assert (losses, speeds) == other[:2] and len(losses) == 2 * WINDOW
-    assert all(after == [1.0, 1.0] for after in speeds[: WINDOW - 1]), "too early to tell"
-    assert speeds[-1][0] == 1.0 and speeds[-1][1] < 0.6
-    assert "attention of rank 1 at 0." in said and "usual speed" not in other[2]
-    config = small_config(tmp_path, train__steps=2 * WINDOW, data__sequence_length=256, out=str(tmp_path / "alone"))
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> list[float]:
+    """The losses on one device."""
+    config = small_config(folder, **STEPS, out=str(folder / "alone"))
     rows = read(Trainer(config, make_world(config, torch.device("cpu"))).train().metrics)
-    assert [row["loss"] for row in rows if "loss" in row] == pytest.approx(losses, rel=1e-5)
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_a_run_finds_its_slow_rank_and_says_so(folder: Path, alone: list[float], gloo: Pool) -> None:
+    """Zigzag gives every rank the same work whatever its speed: it is measured and told, and nothing else changes."""
+    changes = {"out": str(folder / "zigzag")}
+    (losses, speeds, work, said), other = gloo(2).run(run_with_a_rank_that_turns_slow, str(folder), changes)
+    assert (losses, speeds, work) == other[:3]
+    assert speeds == [[1.0, 1.0]] * (TURNS + 2) + [[1.0, 0.5]] * (len(speeds) - TURNS - 2)
+    assert any("attention of rank 1 at 0.50 of the usual speed" in line for line in said) and not other[3], (
+        "rank 0 speaks for both"
+    )
+    assert losses == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_rank_that_turns_slow_is_relieved_within_a_few_steps(folder: Path, alone: list[float], gloo: Pool) -> None:
+    """Known after its third slow step; the next one is planned by then, ahead of time, and the one after has the new speeds."""
+    changes = {"out": str(folder / "cad"), "parallel__schedule": "disaggregate", "parallel__smallest": 16, "data__workers": 1}
+    (losses, speeds, work, _), other = gloo(2).run(run_with_a_rank_that_turns_slow, str(folder), changes)
+    assert (losses, speeds, work) == other[:3]
+    shares = [last / (first + last) for first, last in work]
+    assert shares[: TURNS + 4] == pytest.approx([1 / 2] * (TURNS + 4), abs=0.03)
+    assert shares[TURNS + 4 :] == pytest.approx([1 / 3] * (len(shares) - TURNS - 4), abs=0.03)
+    assert losses == pytest.approx(alone, rel=1e-5)

@@ -28,6 +28,7 @@ STRATEGIES = (
     Strategy("zigzag", rotate="q"),
     Strategy("striped"),
     Strategy("striped", keep="none"),
+    Strategy("zigzag", laps=2),
     Strategy("double_ring"),
     Strategy("gather", stages=1),
     Strategy("gather", layout="zigzag", stages=3, keep="all"),

@@ -11,11 +11,12 @@ import torch
 
 from distattn.attention import ContextParallel
 from distattn.launch.bench_attention import main, make_problem, parse
-from distattn.launch.bench_attention_cost import Idle, Silent, memory, seconds_a_pass
+from distattn.launch.bench_attention_cost import Idle, Silent, flatness, memory, seconds_a_pass
 from distattn.launch.bench_attention_ranks import SCHEDULES, Ranks, RanksFailed, balance
 from distattn.launch.bench_attention_single import Problem, Times, in_turns, ours, peers
 from distattn.parallel.comm_threads import run_ranks
 from distattn.parallel.mask import causal
+from distattn.parallel.strategy import Strategy
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +40,8 @@ def test_a_quick_run_has_every_part(tmp_path: Path) -> None:
     assert {(row["schedule"], row["backward"]) for row in found["ranks"]} == {(s, b) for s in SCHEDULES for b in (False, True)}
     assert {row["schedule"]: round(row["bound"], 2) for row in found["ranks"]} == {"ring": 0.67, "zigzag": 1.0, "striped": 1.0}
     assert [row["world"] for row in found["overhead_per_stage"]] == [8, 2] and len(found["planning"]) == 2
-    assert {(row["schedule"], row["world"]) for row in found["memory"]} == {(s, w) for s in SCHEDULES for w in range(1, 9)}
+    sizes = {(row["schedule"], row["laps"], row["world"]) for row in found["memory"]}
+    assert sizes == {(s, laps, w) for s in SCHEDULES for laps in (1, 2) for w in range(1, 9)}
     assert all(len(row["times"]["seconds"]) == 1 for row in found["single"] + found["ranks"])
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
@@ -53,14 +55,14 @@ def test_balance_of_work_is_the_closed_form() -> None:
         assert 1.0 < balance("striped", problem(n), world) < 1 + world / n * 2
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("schedule", "laps"), [*((schedule, 1) for schedule in SCHEDULES), ("zigzag", 2)])
 @pytest.mark.parametrize("world", [1, 2, 5])
-def test_counted_bytes_are_those_of_a_run(schedule: str, world: int) -> None:
+def test_counted_bytes_are_those_of_a_run(schedule: str, laps: int, world: int) -> None:
     """Every tensor of a forward and backward pass on ranks as threads, on the rank that has the most."""
     tokens, one = 24, problem(24 * world)
 
     def rank(communicator) -> tuple[int, int]:
-        cp = ContextParallel(schedule=schedule, communicator=communicator)
+        cp = ContextParallel(schedule=Strategy(schedule, laps=laps), communicator=communicator)
         plan = cp.plan(causal(one.tokens))
         q, k, v, dout = (x[: plan.rows].clone().requires_grad_() for x in one.inputs())
         out, lse, kept = torch.ops.distattn.attention(q, k, v, None, plan.handle, 1.0, 0.0)
@@ -70,19 +72,18 @@ def test_counted_bytes_are_those_of_a_run(schedule: str, world: int) -> None:
         return mine, kept.nbytes + sum(x.nbytes for x in cp._executors[1]._workspace.values())
 
     found = run_ranks(world, rank, timeout=60)
-    [row] = [row for row in memory(one, tokens) if (row.schedule, row.world) == (schedule, world)]
+    [row] = [row for row in memory(one, tokens) if (row.schedule, row.laps, row.world) == (schedule, laps, world)]
     assert row.inputs + row.outputs == found[0][0]
     assert row.kept + row.workspace == max(foreign for _, foreign in found)
 
 
 def test_a_rank_holds_no_more_in_a_larger_world() -> None:
-    """Bytes do not grow with the world once the ring is as long as its buffers."""
-    rows = memory(problem(), 256)
+    """Bytes do not grow with the world once the ring is as long as its buffers; in two laps that is from two ranks on."""
+    rows = memory(problem(kv_heads=4, head_dim=64), 256)  # the benchmark's head size: in small ones lse and delta weigh more
     for schedule in ("zigzag", "striped"):
-        totals = {row.world: row.total for row in rows if row.schedule == schedule}
-        assert max(totals[w] for w in range(5, 9)) <= 1.05 * min(totals[w] for w in range(5, 9)), totals
-        alone = next(row for row in rows if row.schedule == schedule and row.world == 1)
-        assert alone.kept == alone.workspace == alone.stated == 0
+        assert flatness(rows, schedule, least=4) <= 1.01 and flatness(rows, f"{schedule}, 2 laps") <= 1.05
+        for alone in (row for row in rows if row.schedule == schedule and row.world == 1):
+            assert alone.kept == alone.workspace == alone.stated == 0
 
 
 def test_overhead_is_measured_without_kernels_and_messages() -> None:

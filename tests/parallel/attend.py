@@ -14,7 +14,7 @@ from distattn.parallel.comm_threads import run_ranks
 from distattn.parallel.executor import Executor
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
-from distattn.parallel.plan import Plan, What
+from distattn.parallel.plan import Plan
 from distattn.parallel.program import Program, compile_program
 from distattn.parallel.shape import Shape
 
@@ -70,7 +70,7 @@ def exact(problem: Problem) -> tuple[torch.Tensor, ...]:
 
 def programs(plan: Plan, back: Plan, rank: int, shape: Shape) -> tuple[Program, Program]:
     forward, backward = plan.view(rank), back.view(rank)
-    program = compile_program(forward, shape, {(What(row[4]), row[1]) for row in backward.kept.tolist()})
+    program = compile_program(forward, shape, backward.kept)
     return program, compile_program(backward, shape, forward=program)
 
 
