@@ -94,9 +94,17 @@ def test_the_program_writes_its_files(tmp_path, capsys):
 
 
 def test_published_ratios_stand_beside_simulated_ones():
-    row = {"model": "8b", "mix": "prolong", "published": [0.97, 1.63], "ratio": 1.2, "hidden": 1.5}
-    text = report.published_table([row, {**row, "ratio": 1.4}])
-    assert "| 8b prolong | 1.20 to 1.40 (1.30) | 1.50 to 1.50 (1.50) | 0.97 to 1.63 |" in text
+    kinds = report.PACKED
+    row = {
+        "model": "8b",
+        "mix": "prolong",
+        "published": [0.97, 1.63],
+        "ratio": dict.fromkeys(kinds, 1.2),
+        "hidden": dict.fromkeys(kinds, 1.5),
+    }
+    text = report.published_table([row, {**row, "ratio": {**row["ratio"], kinds[0]: 1.4}}])
+    first, second = "1.20 to 1.40 (1.30) | 1.50 to 1.50 (1.50)", "1.20 to 1.20 (1.20) | 1.50 to 1.50 (1.50)"
+    assert f"| 8b prolong | {first} | {second} | 0.97 to 1.63 |" in text
 
 
 def test_what_cannot_be_is_refused(tmp_path, capsys):
