@@ -2,6 +2,7 @@
 
 python launch/plan.py --seq-len 1M --world 512 --cluster h200 --heads 32:8
 python launch/plan.py --seq-len 256k --world 64 --cluster h100 --heads 64:8 --lengths lengths.txt --png plan.png --trace plan.json
+python launch/plan.py --seq-len 1M --world 64 --cluster h200 --documents heavy_tail --balance --png balance.png
 
 Times are of one attention layer, forward and backward, simulated: they are as good as the description of the cluster, which
 launch/calibrate.py measures. A trace opens at ui.perfetto.dev.
@@ -38,6 +39,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of queries and keys (default: bf16)")
     made.add_argument("--mask", default="causal", help="causal, full, window:4096, documents:5000,120,... (default: causal)")
     made.add_argument("--lengths", type=Path, metavar="FILE", help="causal documents, a length a line, instead of --mask")
+    made.add_argument("--documents", metavar="KIND", help="causal documents of heavy_tail, uniform, bimodal or giant lengths")
+    made.add_argument("--seed", type=int, default=0, metavar="N", help="of --documents (default: 0)")
+    made.add_argument("--balance", action="store_true", help="show what disaggregate makes of the ranks' work, choose nothing")
+    made.add_argument("--ulysses", type=int, default=1, metavar="U", help="with --balance: ranks that trade heads (default: 1)")
     made.add_argument("--memory", type=float, metavar="GB", help="for rows of other ranks (default: a quarter of a device)")
     made.add_argument("--keep", choices=("last", "all", "none"), default="last", help="keys that stay for the backward pass")
     made.add_argument("--all", action="store_true", help="simulate every candidate, also what cannot be noticeably faster")
@@ -80,6 +85,11 @@ def plan(asked: argparse.Namespace) -> int:
 
     cluster, shape, mask = load_cluster(asked.cluster), shape_of(asked), mask_of(asked)
     console = Console(width=None if sys.stdout.isatty() else 150)
+    if asked.balance:
+        from distattn.launch.plan_balance import show_balance
+
+        show_balance(asked, mask, shape, cluster)
+        return 0
     begin = time.perf_counter()
     with console.status("simulating") as status:
         decision = decide(
@@ -116,10 +126,14 @@ def shape_of(asked: argparse.Namespace) -> Shape:
 
 
 def mask_of(asked: argparse.Namespace) -> Mask:
-    """The mask, from its text or from a file of document lengths."""
+    """The mask, from its text, from a file of document lengths or from a kind of them."""
     from distattn.parallel.mask import documents
     from distattn.parallel.mask_text import parse_mask
 
+    if asked.documents is not None:
+        from distattn.document_lengths import document_lengths
+
+        return documents(document_lengths(asked.documents, asked.seq_len, asked.seed).tolist())
     if asked.lengths is None:
         return parse_mask(asked.mask, asked.seq_len)
     try:

@@ -18,15 +18,16 @@ import numpy as np
 from distattn.parallel.bound import Bounds
 from distattn.parallel.cluster import Cluster
 from distattn.parallel.mask import Mask
-from distattn.parallel.price import WHOLE_TREE, Price, price
+from distattn.parallel.price import WHOLE_TREE, Price, price, slices_of
 from distattn.parallel.schedules import LAYOUTS
 from distattn.parallel.shape import Shape
-from distattn.parallel.strategy import Strategy
+from distattn.parallel.strategy import Balance, Strategy
 from distattn.parallel.transpose import Keep
 
 logger = logging.getLogger(__name__)
 
 GATHER_STAGES = (1, 2, 4, 8)
+WHOLE_BALANCED = 128  # ranks up to which a disaggregation is planned to be compared, in tenths of a second
 MOST = 16  # strategies that are simulated unless all are asked for
 NOTICEABLE = 0.02  # of the time; descriptions of clusters are not better than that
 MEMORY_SHARE = 0.25  # of a device for rows of others, where nobody says how much
@@ -113,7 +114,9 @@ def decide(
         )
     limit = (MEMORY_SHARE * cluster.memory_gb if memory_gb is None else memory_gb) * 1e9
     bounds = Bounds(mask, world, shape, cluster)
-    waiting = [(bounds.cheap(s), i, False, s) for i, s in enumerate(candidates(world, shape, cluster, keep))]
+    waiting = [
+        (bounds.cheap(s), i, False, s) for i, s in enumerate(candidates(world, shape, cluster, keep, mask.lengths is not None))
+    ]
     heapq.heapify(waiting)
     best: Price | None = None
     priced: list[tuple[Strategy, float, Price]] = []
@@ -151,8 +154,8 @@ def _judged(strategy: Strategy, bound: float, found: Price, best: Price, limit: 
     return Candidate(strategy, bound, found, f"{found.seconds / best.seconds:.3f} x the best")
 
 
-def candidates(world: int, shape: Shape, cluster: Cluster, keep: Keep = "last") -> Iterator[Strategy]:
-    """All strategies that fit the ranks, the nodes and the heads."""
+def candidates(world: int, shape: Shape, cluster: Cluster, keep: Keep = "last", documents: bool = False) -> Iterator[Strategy]:
+    """All strategies that fit the ranks, the nodes and the heads; disaggregation for packed ``documents``."""
     devices = min(world, cluster.devices)
     for u in range(1, min(world, shape.heads) + 1):
         if world % u or (devices % u and u % devices):
@@ -172,3 +175,5 @@ def candidates(world: int, shape: Shape, cluster: Cluster, keep: Keep = "last") 
                     yield replace(base, schedule="gather", layout=layout, stages=stages)
             if world // u <= WHOLE_TREE:
                 yield replace(base, schedule="tree", layout=layout)
+        if documents and world // u <= WHOLE_BALANCED:
+            yield replace(base, schedule="disaggregate", balance=Balance.of(slices_of(shape, u)[0]))

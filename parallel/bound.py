@@ -52,7 +52,9 @@ class _Look:
     exchange: float
 
     def bound(self, schedule: str) -> float:
-        """Of one schedule on this layout."""
+        """Of one schedule on this layout; of a disaggregation without what travels, which is its own choice."""
+        if schedule == "disaggregate":
+            return float(sum(busy.max(initial=0.0) for busy in self.compute)) + self.exchange
         links = self.queries if schedule == "tree" else self.keys
         shared = 1 / self.devices if schedule == "double_ring" else 1.0
         if self.turns and SCHEDULES[schedule].turned is not None:
@@ -75,6 +77,8 @@ class Bounds:
 
     def close(self, strategy: Strategy) -> float:
         """Seconds, from the pieces of work too; never below :meth:`cheap`."""
+        if strategy.schedule == "disaggregate":  # nobody need work on the pieces of its own rows
+            return self.cheap(strategy)
         look, by_keys = self._look(strategy), strategy.schedule == "tree"
         key = (*_place(strategy), by_keys)
         if key not in self._kernels:

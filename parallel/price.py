@@ -2,7 +2,8 @@
 
 Plans of more than 64 ranks are priced by the views of a few: the rank with the most work and those at the borders of its node,
 which use the slow links (its whole node, where devices share links). The others are taken to be ready whenever one of these
-is, so that what they wait for themselves is left out: a chain that is slow elsewhere looks faster than it is.
+is, so that what they wait for themselves is left out: a chain that is slow elsewhere looks faster than it is. A disaggregation is
+one decision for all ranks, so that its plan is made once and simulated whole at any size.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from distattn.parallel.schedule import Rotation, make_schedule
 from distattn.parallel.schedules import make_layout
 from distattn.parallel.shape import Shape
 from distattn.parallel.simulate import PassTimes, peak_buffer_bytes, simulate_pass
-from distattn.parallel.statistics import peak_buffer_rows
+from distattn.parallel.statistics import peak_buffer_rows, work
 from distattn.parallel.strategy import Strategy
 from distattn.parallel.workload import Exchange
 
 WHOLE = 64  # ranks of a plan up to which all of them are simulated
 WHOLE_TREE = 128  # of a tree, whose ranks wait for each other's turns: a few of them do not stand for all
+MADE_WHOLE = ("disaggregate",)  # schedules that make the plan of all ranks whichever is asked for
 LOOKED_AT = 16  # ranks whose work is counted to find the busiest of a larger plan, fewer where they meet many bands
 MEETINGS = 1 << 19  # of bands with pairs of ranks that are worth looking at; ranks that have part in all documents are alike
 
@@ -41,7 +43,7 @@ class Price:
     Attributes:
         forward, backward: seconds of attention with its head exchanges, until the last rank is done.
         exposed: seconds of both in which the rank that lasts longest waited for what was on its way.
-        balance: mask area of the busiest rank over the mean.
+        balance: mask area of the busiest rank over the mean, forward; where ranks are sampled, of the busiest of those.
         bytes_inside, bytes_between: the most that a rank sends to its node, and the most that one sends to others, both passes.
         buffer_bytes: what the executor and the head exchange allocate for rows of others on the rank that holds most rows:
             buffers, messages, and what stays for the backward pass (buffers only, where the programs were not compiled).
@@ -138,12 +140,16 @@ def price(
     u = strategy.ulysses
     shapes = slices_of(shape, u)
     most = WHOLE_TREE if strategy.schedule == "tree" else WHOLE
-    whole = make_schedule(strategy, mask, world) if world // u <= most else None
+    make_whole = world // u <= most or strategy.schedule in MADE_WHOLE
+    whole = make_schedule(strategy, mask, world) if make_whole else None
     layout, inner = (whole.layout, whole.inner) if whole else make_layout(strategy, mask, world)
     devices = max(1, cluster.devices // u)
     shared = cluster.inside.shared_gb_s is not None or bool(cluster.between and cluster.between.nics < cluster.devices)
     sample, balance = sample_of(mask, inner, devices, shared, by_keys=strategy.schedule == "tree")
-    sample = list(range(inner.world)) if whole else sample
+    if whole:
+        sample, done = list(range(inner.world)), work(whole.forward)
+        if strategy.schedule in MADE_WHOLE and done.any():  # ranks do not compute their own rows
+            balance = float(done.max() / done.mean())
     made = [whole] if whole else [make_schedule(strategy, mask, world, rank=rank * u) for rank in sample]
     rotation = made[0].rotation(shapes[0])
     plans = [s.forward for s in made], [s.backward(rotation) for s in made]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from distattn.parallel.assign_cost import Cost
-from distattn.parallel.cluster import Cluster
+from distattn.parallel.cluster import Cluster, Direction
 from distattn.parallel.shape import Shape
 from distattn.parallel.transpose import Keep
 
+DIRECTIONS: tuple[Direction, Direction] = ("forward", "backward")
 Rotate = Literal["auto", "kv", "q"]
 
 
@@ -34,14 +35,16 @@ class Balance:
     speeds: tuple[float, ...] | None = None
 
     @classmethod
-    def of(cls, shape: Shape, cluster: Cluster | None = None, **options: Any) -> Balance:
+    def of(cls, shape: Shape, cluster: Cluster | None = None, devices: int | None = None, **options: Any) -> Balance:
         """With rows weighed in bytes that travel for these heads and dtypes.
 
         Args:
             cluster: what pairs and bytes take there counts too, links inside of nodes and between them apart.
+            devices: ranks of the plan in one of its nodes; None: all of its devices.
         """
         if cluster is not None:
-            return cls(Cost.of(cluster, shape, "forward"), Cost.of(cluster, shape, "backward"), **options)
+            forward, backward = (replace(Cost.of(cluster, shape, d), devices=devices or cluster.devices) for d in DIRECTIONS)
+            return cls(forward, backward, **options)
         return cls(Cost.of_rows(shape, "forward"), Cost.of_rows(shape, "backward"), **options)
 
 
@@ -82,6 +85,6 @@ class Strategy:
         given = [
             f.name
             for f in fields(self)
-            if f.name not in ("schedule", "keep") and getattr(self, f.name) != getattr(default, f.name)
+            if f.name not in ("schedule", "keep", "balance") and getattr(self, f.name) != getattr(default, f.name)
         ]
         return ", ".join([self.schedule, f"keep {self.keep}", *(f"{name} {getattr(self, name)}" for name in given)])

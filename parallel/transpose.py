@@ -63,7 +63,7 @@ def transpose(plan: Plan, keep: Keep = "last") -> Plan:
     if plan.bands_of is not None:
         plan = _neighbourhood(plan, plan.bands_of)
         inputs = plan.transfers[np.isin(plan.transfers[:, WHAT], (What.Q, What.KV))]
-    back = _reversed(plan.transfers, stages)
+    back = _reversed(plan.transfers, stages, plan.pooled)
     resent, kept = _inputs(plan, inputs, keep, stages, longest)
     queries = _with_dout(back, kept, plan.world)
     tasks, task_of_band, bands = plan.tasks.copy(), plan.task_of_band, plan.bands
@@ -133,14 +133,16 @@ def _neighbourhood(plan: Plan, rank: int) -> Plan:
     )
 
 
-def _reversed(transfers: np.ndarray, stages: int) -> np.ndarray:
+def _reversed(transfers: np.ndarray, stages: int, pooled: bool) -> np.ndarray:
     """Gradients come back the way that their inputs went; dout goes out the way that out came home."""
     out = transfers.copy()
     out[:, SRC], out[:, DST] = transfers[:, DST], transfers[:, SRC]
     out[:, POST], out[:, NEED] = stages - transfers[:, NEED], stages - transfers[:, POST]
     for what, gradient in GRADIENT_OF.items():
         out[transfers[:, WHAT] == what, WHAT] = gradient
-    out[(out[:, WHAT] != What.DOUT) & (out[:, NEED] - out[:, POST] == 1), LANE] = HOME_LANE  # long hops block no short ones
+    # Long hops block no short ones; with pooled rows all go straight home, and block no inputs.
+    short = pooled | (out[:, NEED] - out[:, POST] == 1)
+    out[(out[:, WHAT] != What.DOUT) & short, LANE] = HOME_LANE
     return out
 
 
@@ -183,7 +185,7 @@ def _inputs(
     need = stages - 1 - np.where(passed, row[relay, POST], use)
     hop, long_lane = (column[row[:, OWNER]] for column in longest)
     far = ~passed & (hop > 1) & (use >= hop)  # straight from the owner, and it came over the longest hop
-    ahead = np.where(passed, row[relay, NEED] - row[relay, POST], np.where(far, hop, 1))
+    ahead = np.where(passed, row[relay, NEED] - row[relay, POST], np.where(far, hop, need if plan.pooled else 1))
     lane = np.where(passed, row[relay, LANE], np.where(far, long_lane, row[:, LANE]))
     columns = [np.where(passed, row[relay, DST], row[:, OWNER]), row[:, DST], row[:, OWNER], row[:, WHAT], lane, need]
     columns.append(np.maximum(need - ahead, 0))

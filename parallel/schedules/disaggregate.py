@@ -18,7 +18,7 @@ from distattn.parallel.assignment import Assignment
 from distattn.parallel.intervals import Intervals, cut, expand, groups, union
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
-from distattn.parallel.plan import DST, HOME_LANE, OWNER, POST, RANK, SRC, STAGE, START, WHAT, Plan, What, no_kept
+from distattn.parallel.plan import DST, HOME_LANE, NEED, OWNER, POST, RANK, SRC, STAGE, START, WHAT, Plan, What, no_kept
 from distattn.parallel.strategy import Balance
 
 LANE = 1
@@ -85,7 +85,7 @@ def disaggregate(layout: Layout, mask: Mask, assignment: Assignment, stages: int
         tasks=tasks,
         band_ptr=np.concatenate([[0], np.cumsum(np.bincount(task_of_band, minlength=len(tasks)))]).astype(np.int64),
         bands=bands,
-        transfers=_transfers(queries, keys, finished),
+        transfers=_transfers(queries, keys, finished, int(stages)),
         kept=no_kept(),
         buffer_bound=int(received.max(initial=0)),
         quiet=int(last > 0),
@@ -253,19 +253,18 @@ def _finished(queries: _Runs, work: _Work) -> tuple[np.ndarray, _Runs]:
     return joined.key % 2 == 1, _Runs(queries.server[of], queries.owner[of], joined.start, joined.stop, queries.part[of])
 
 
-def _transfers(queries: _Runs, keys: _Runs, finished: tuple[np.ndarray, _Runs]) -> np.ndarray:
+def _transfers(queries: _Runs, keys: _Runs, finished: tuple[np.ndarray, _Runs], stages: int) -> np.ndarray:
     alone, home = finished
     tables = []
     for runs, what in ((queries, What.Q), (keys, What.KV)):
         kind, lane = np.full_like(runs.part, what), np.full_like(runs.part, LANE)
-        tables.append(
-            np.stack([runs.owner, runs.server, runs.owner, runs.start, runs.stop, kind, lane, runs.part - 1, runs.part], 1)
-        )
+        # Inputs are there from the beginning, and have buffers of their own: a late sender would keep its servers waiting.
+        post = np.zeros_like(runs.part)
+        tables.append(np.stack([runs.owner, runs.server, runs.owner, runs.start, runs.stop, kind, lane, post, runs.part], 1))
     kind, lane = np.where(alone, What.DONE, What.OUT), np.full_like(home.part, HOME_LANE)
-    tables.append(
-        np.stack([home.server, home.owner, home.owner, home.start, home.stop, kind, lane, home.part + 1, home.part + 2], 1)
-    )
+    end = np.full_like(home.part, stages + 2)  # nothing waits for results but the end
+    tables.append(np.stack([home.server, home.owner, home.owner, home.start, home.stop, kind, lane, home.part + 1, end], 1))
     table = np.concatenate(tables)
     # A rank serves those after it in turn, so that not all send to one at first.
     turn = (table[:, DST] - table[:, SRC]) % (table[:, [SRC, DST]].max(initial=0) + 1)
-    return table[np.lexsort((table[:, START], table[:, OWNER], table[:, WHAT], turn, table[:, POST]))]
+    return table[np.lexsort((table[:, START], table[:, OWNER], table[:, WHAT], turn, table[:, NEED], table[:, POST]))]

@@ -19,8 +19,8 @@ from distattn.parallel.mask import Mask
 from distattn.parallel.price import price, slices_of
 from distattn.parallel.schedule import make_schedule
 from distattn.parallel.shape import Shape
-from distattn.parallel.statistics import schedule_bytes
-from distattn.parallel.strategy import Strategy
+from distattn.parallel.statistics import schedule_bytes, work
+from distattn.parallel.strategy import Balance, Strategy
 
 GQA, MHA = (Shape(h, kv, 128, 128, torch.bfloat16) for h, kv in ((32, 8), (16, 16)))
 
@@ -50,7 +50,7 @@ def test_the_choice_is_the_best_of_all_within_what_is_noticeable(mask, world, sh
     """Simulating everything finds no strategy that is more than 2% faster, and none below its bound."""
     cluster = load_cluster(cluster)
     every = decide(mask, world, shape, cluster, noticeable=None)
-    assert len(every.candidates) == len(list(candidates(world, shape, cluster)))
+    assert len(every.candidates) == len(list(candidates(world, shape, cluster, documents=mask.lengths is not None)))
     for candidate in every.candidates:
         assert candidate.price is not None and candidate.bound <= candidate.price.seconds * (1 + 1e-9), candidate.strategy
     chosen = decide(mask, world, shape, cluster)
@@ -84,6 +84,16 @@ def test_a_few_ranks_stand_for_all_of_a_large_plan(monkeypatch, strategy, tolera
     assert len(sampled.simulated) < len(whole.simulated) == 32
     assert sampled.seconds == pytest.approx(whole.seconds, rel=tolerance)
     assert sampled.balance == pytest.approx(whole.balance, rel=0.05)
+
+
+@pytest.mark.parametrize("ulysses", [1, 2])
+def test_a_disaggregation_is_priced_whole_on_any_number_of_ranks(ulysses):
+    mask, cluster = packed(1 << 16, 4096), load_cluster("h100")
+    strategy = Strategy("disaggregate", ulysses=ulysses, balance=Balance(tolerance=0.1))
+    found = price(strategy, mask, 128, GQA, cluster)
+    done = work(make_schedule(strategy, mask, 128).forward)
+    assert found.simulated == list(range(128)) and found.balance == done.max() / done.mean() <= 1.11
+    assert found.buffer_bytes > 0 and min(found.bytes_inside, found.bytes_between) > 0
 
 
 @pytest.mark.parametrize(

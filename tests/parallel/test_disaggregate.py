@@ -16,7 +16,7 @@ from distattn.parallel import mask as masks
 from distattn.parallel.assign_cost import Cost
 from distattn.parallel.assignment import Assignment
 from distattn.parallel.layout import Layout
-from distattn.parallel.plan import DST, NEED, OWNER, POST, SRC, START, STOP, WHAT, Plan, What
+from distattn.parallel.plan import DST, LANE, NEED, OWNER, POST, SRC, START, STOP, WHAT, Plan, What
 from distattn.parallel.program import compile_program
 from distattn.parallel.schedule import make_schedule
 from distattn.parallel.schedules.disaggregate import disaggregate
@@ -118,6 +118,18 @@ def test_rows_that_one_server_finishes_come_home_in_the_output_dtype():
     keys = t[t[:, WHAT] == What.KV]
     assert keys[:, [DST, OWNER, START, STOP]].tolist() == [[1, 0, 0, 16], [2, 0, 16, 32]], "each key once, only what is seen"
     assert np.all(t[:, NEED] - t[:, POST] == 1)
+
+
+def test_inputs_leave_at_once_and_results_are_awaited_at_the_end():
+    """A rank that sends late keeps its servers waiting, and one that waits for results early does nothing meanwhile."""
+    layout, mask = layouts.contiguous(240, 4), masks.documents([130, 30, 80])
+    plan = disaggregate(layout, mask, random_assignment(layout, 5), 3)
+    for one in (plan, transpose(plan, "none")):
+        t, inputs = one.transfers, (What.Q, What.KV, What.DOUT)
+        there = np.isin(t[:, WHAT], inputs)
+        assert there.any() and np.all(t[there, POST] == 0)
+        assert np.all(t[~there, NEED] == one.stages) and len(np.unique(t[~there, POST])) == 3
+        assert not np.isin(t[t[:, WHAT] == What.KV, LANE], t[~there, LANE]).any(), "results block no keys"
 
 
 def test_verify_names_rows_that_are_not_finished():
