@@ -18,7 +18,6 @@ from distattn.launch.bench_kernels_cases import Case, Inputs
 from distattn.launch.bench_kernels_measure import Protocol, Rate, Work, in_turns
 from distattn.parallel.executor import Executor
 from distattn.parallel.mask import causal
-from distattn.parallel.plan import What
 from distattn.parallel.program import compile_program
 from distattn.parallel.schedule import make_schedule
 from distattn.parallel.shape import Shape
@@ -68,8 +67,7 @@ def _passes(
     shape = Shape(case.heads, case.kv_heads, case.d, case.d_v, x.q.dtype)
     made = make_schedule(schedule, causal(case.tokens), world)
     view, back = made.forward.view(rank), made.backward(made.rotation(shape)).view(rank)
-    keep = {(What(what), owner) for _, owner, _, _, what in back.kept.tolist()}
-    program = compile_program(view, shape, keep)
+    program = compile_program(view, shape, back.kept)
     backward = compile_program(back, shape, forward=program)
     executor = Executor(Silent(rank, world))
     rows = view.layout.rows(rank)
