@@ -24,6 +24,7 @@ PROGRAMS = (
     "doctor",
     "kernel_report",
     "bench_attention",
+    "bench_kernels",
     "bench_decode",
     "bench_simulator",
 )
@@ -144,7 +145,7 @@ def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_real_files(built: Path) -> None:
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = {name for name in wheel.namelist() if not name.split("/")[0].endswith(".dist-info")}
-        assert names == modules() | {"distattn/py.typed"}
+        assert names == modules() | {"distattn/py.typed", "distattn/kernels/measured.json"}
         for name in names:
             assert wheel.read(name) == (ROOT / name).read_bytes(), name
             assert (wheel.getinfo(name).external_attr >> 16) & 0o170000 in (0, 0o100000), f"{name} is not a regular file"
@@ -153,7 +154,7 @@ def test_wheel_holds_real_files(built: Path) -> None:
 def test_sdist_holds_real_files(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
         members = {member.name.split("/", 1)[1]: member for member in sdist.getmembers() if "/" in member.name}
-        assert modules() | {"pyproject.toml", "LICENSE", "distattn/py.typed"} <= members.keys()
+        assert modules() | {"pyproject.toml", "LICENSE", "distattn/py.typed", "distattn/kernels/measured.json"} <= members.keys()
         links = [name for name, member in members.items() if not (member.isfile() or member.isdir())]
         assert not links
 
