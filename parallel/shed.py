@@ -121,8 +121,8 @@ def amounts(sources: list[Source], excess: int, wanted_keys: int) -> list[int]:
     for floor in floors:
         for i in order:
             source = sources[i]
-            if source.top <= floor:
-                break
+            if floor and source.top <= floor:
+                break  # with no floor, rows whose last one sees nothing have work too
             available = source.work
             if floor and source.plain and source.seen <= floor:
                 available = source.strip(source.start + floor + 1 - source.seen).below(WHOLE)

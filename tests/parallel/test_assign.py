@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distattn.document_lengths import document_lengths
+from distattn.kernels.bands import Band
 from distattn.parallel.assign import assign
 from distattn.parallel.assign_bound import lower_bound
 from distattn.parallel.assign_cost import ONE, Cost
 from distattn.parallel.assignment import FINISHED, KV, PARTIAL, Assignment, Load
 from distattn.parallel.cluster import load_cluster
 from distattn.parallel.layout import Layout, contiguous, document_zigzag, striped, zigzag
-from distattn.parallel.mask import Mask, causal, chunked, documents, full, prefix_lm, sliding_window
+from distattn.parallel.mask import Mask, causal, chunked, documents, from_bands, full, prefix_lm, sliding_window
 from distattn.parallel.shape import Shape
 
 BYTES = Shape(64, 8, 128, 128, torch.bfloat16)
@@ -258,3 +259,13 @@ def test_servers_of_the_owners_node_come_first() -> None:
             share.append(weight[flow.src // 8 == flow.dst // 8].sum() / weight.sum())
         near.append(np.mean(share))
     assert near[1] > 1.5 * near[0]
+
+
+def test_rows_whose_last_one_sees_nothing_are_given_away() -> None:
+    mask = from_bands(64, [Band(0, 30, 0, 64), Band(40, 41, 0, 64)])
+    layout = contiguous(64, 2)
+    for options in ({"servers": [1]}, {"speeds": [0, 1]}, {"tolerance": 0.1}):
+        found = assign(layout, mask, smallest=1, **options)
+        exactly_once(found, layout, mask)
+        work = Load.of(found, layout, mask).work
+        assert work.sum() == mask.bands.area and ("tolerance" not in options or work.max() <= 1.1 * work.mean())
