@@ -524,7 +524,7 @@ def test_tensors_without_data_are_refused() -> None:
     ("options", "texts"),
     [
         ({"schedule": "zigzga"}, ["no schedule 'zigzga'", "ring, zigzag, striped"]),
-        ({"backend": "cudnn"}, ["no backend 'cudnn'", "triton, aten, reference"]),
+        ({"backend": "cutlass"}, ["no backend 'cutlass'", "triton, aten, reference"]),
         ({"keep": "some"}, ["keep must be one of all, last, none", "Found 'some'"]),
         ({"home": torch.int8}, ["home must be a floating-point dtype", "Found torch.int8"]),
         ({"home": "bfloat16"}, ["home must be a floating-point dtype", "Found 'bfloat16'"]),

@@ -235,7 +235,7 @@ def test_operator_passes_opcheck(dtype: torch.dtype, sinks: bool) -> None:
     out, lse, *_ = ulysses_attention(q, k, v, sink if sinks else None, handle, 0.3, 0.0)
     want = torch.ops.distattn.attention(q, k, v, sink if sinks else None, ContextParallel().plan(mask).handle, 0.3, 0.0)
     assert torch.equal(out, want[0]) and torch.equal(lse, want[1])
-    assert set(session.exchanges) == {(Shape(4, 2, 8, 8, dtype), Scores(0.3), sinks)}
+    assert set(session.exchanges) == {(Shape(4, 2, 8, 8, dtype, finished=dtype if sinks else None), Scores(0.3), sinks)}
 
 
 def errors_of_rank(rank: int, world: int, cases: list[tuple[Strategy, str]]) -> list[dict[str, float]]:

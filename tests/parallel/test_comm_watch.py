@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from distattn.parallel import comm_process, watch
-from distattn.parallel.comm import Awaited
+from distattn.parallel.comm import Awaited, PeerError
 from distattn.parallel.watch import Watch, describe, suspects
 
 INTERVAL = 0.2  # seconds between heartbeats: on a busy machine a thread must not miss three of them
@@ -168,5 +168,5 @@ def test_monitor_finds_the_batch_that_the_device_waits_for(
 
     until(complained)
     assert printed.startswith("distattn: rank 0: backward pass 7, boundary 3 of 8 stages: dkv of rank 1: waited 0.")
-    with pytest.raises(comm_process.PeerError, match="on lane 1 for a batch with ranks"):
+    with pytest.raises(PeerError, match="on lane 1 for a batch with ranks"):
         comm_process._NcclPending(pair[0], []).wait()
