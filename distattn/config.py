@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SCHEDULES = ("ring", "zigzag", "striped", "double_ring", "gather", "tree", "disaggregate", "auto")
 TAKE_SPEEDS = ("disaggregate",)  # schedules that share out work by the speeds of the ranks
+SHARES = ("tolerance", "receive_rows", "smallest")  # keys that say how they do it
 SPEEDS = ("equal", "measure")
 SLOWEST = 1 / 64  # of the fastest rank; slower ones are of no use
 POOLED = ("disaggregate",)  # schedules that give work to servers
@@ -349,9 +350,10 @@ def check_parallel(config: Config, world_size: int) -> None:
         )
     if parallel.schedule == "auto":
         default = ParallelConfig()
-        for name in ("layout", "ulysses", "node_devices", "stages", "in_flight", "rotate", "laps"):
+        for name in ("layout", "ulysses", "node_devices", "stages", "in_flight", "rotate", "laps", *SHARES):
             if getattr(parallel, name) != getattr(default, name):
                 raise ValueError(f"parallel.{name}={getattr(parallel, name)} is chosen by parallel.schedule=auto. Leave it out.")
+    check_shares(parallel)
     _one_of("parallel.layout", parallel.layout, ("", *LAYOUTS))
     _one_of("parallel.rotate", parallel.rotate, ROTATE)
     _one_of("parallel.keep", parallel.keep, KEEP)
@@ -416,6 +418,29 @@ def check_nano_batches(config: Config) -> None:
         )
 
 
+def check_shares(parallel: ParallelConfig) -> None:
+    """What only a disaggregation takes is refused elsewhere, and what it does not take there."""
+    default, schedule = ParallelConfig(), parallel.schedule
+    for name in SHARES:
+        if schedule not in (*TAKE_SPEEDS, "auto") and getattr(parallel, name) != getattr(default, name):
+            raise ValueError(
+                f"parallel.{name}={getattr(parallel, name)} is for {', '.join(TAKE_SPEEDS)}; {schedule} has no use for it. "
+                "Leave it out."
+            )
+    if schedule not in TAKE_SPEEDS:
+        return
+    if parallel.node_devices:
+        raise ValueError(
+            f"parallel.node_devices={parallel.node_devices} is not for {schedule}, which takes nodes from a description: set "
+            "parallel.cluster to a name or a file."
+        )
+    if parallel.ulysses > 1 and parallel.speeds != "equal":
+        raise ValueError(
+            f"parallel.speeds={parallel.speeds} are of single ranks, but with parallel.ulysses={parallel.ulysses} groups of them "
+            "share their work. Use parallel.speeds=equal or parallel.ulysses=1."
+        )
+
+
 def check_speeds(parallel: ParallelConfig, cp: int) -> None:
     speeds = parallel.speeds
     if isinstance(speeds, str):
@@ -461,7 +486,7 @@ def check_pool(config: Config) -> None:
     _at_least("parallel.servers", parallel.servers, 0)
     if parallel.pool_store != "auto":
         host, _, port = parallel.pool_store.rpartition(":")
-        if not host or not port.isdigit() or int(port) > 65535:
+        if not host or not port.isdecimal() or int(port) > 65535:
             raise ValueError(
                 f"parallel.pool_store={parallel.pool_store!r} is no address. Write host:port with a port of 0 (any free one) to "
                 "65535, or auto."

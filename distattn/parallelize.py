@@ -102,9 +102,12 @@ def _announce(path: Path, address: str) -> None:
 def balance_of(config: Config, world: World) -> Balance:
     """How a disaggregation shares out the work of the model's attention."""
     parallel = config.parallel
+    cluster = load_cluster(parallel.cluster) if parallel.cluster else None
+    if cluster is not None and parallel.ulysses > 1:  # the plan's ranks are groups of them
+        cluster = replace(cluster, devices=max(1, cluster.devices // parallel.ulysses))
     return Balance.of(
         attention_call(config, world).shape,
-        load_cluster(parallel.cluster) if parallel.cluster else None,
+        cluster,
         tolerance=parallel.tolerance or None,
         receive_rows=parallel.receive_rows or None,
         smallest=parallel.smallest,

@@ -62,8 +62,10 @@ def assign(
     Raises:
         ValueError: an argument that makes no sense, or a limit that cannot be kept; names it, and what can be kept.
     """
-    problem = _Problem(layout, mask, cost or Cost(), _parts(layout.world, servers, speeds), smallest)
+    parts = _parts(layout.world, servers, speeds)
     _check(layout, mask, smallest, tolerance, receive_rows)
+    groups = Groups.of(mask)
+    problem = _Problem(layout, mask, cost or Cost(), parts, smallest, groups, Cells.of(layout, groups))
     if tolerance is None:
         return _fastest(problem, receive_rows)
     found = _solve(problem, tolerance)
@@ -80,6 +82,8 @@ class _Problem(NamedTuple):
     cost: Cost
     parts: np.ndarray  # speeds of the servers, 0 of other ranks, int64 [world]
     smallest: int
+    groups: Groups
+    cells: Cells
 
 
 def _parts(world: int, servers: Sequence[int] | None, speeds: Sequence[float] | None) -> np.ndarray:
@@ -119,14 +123,12 @@ def _check(layout: Layout, mask: Mask, smallest: int, tolerance: float | None, r
     if tolerance is not None and not 0 <= tolerance < layout.world:
         raise ValueError(f"tolerance is {tolerance}, the largest load over its part less 1. Pass 0.02, or None for the fastest.")
     if receive_rows is not None and receive_rows < 0:
-        raise ValueError(f"receive_rows is {receive_rows}. Pass the rows that a rank has buffers for, or None for no limit.")
+        raise ValueError(f"receive_rows is {receive_rows}. Pass the most that a rank may receive, or None for no limit.")
 
 
 def _solve(problem: _Problem, tolerance: float, weights: Weights | None = None) -> Assignment | None:
     """An assignment that keeps to the tolerance and the smallest piece, or None."""
-    layout, cost = problem.layout, problem.cost
-    groups = Groups.of(problem.mask)
-    cells = Cells.of(layout, groups)
+    layout, cost, groups, cells = problem.layout, problem.cost, problem.groups, problem.cells
     load = cells.load(layout.world, cost.stretched(cells.work, cells.stop - cells.first))
     total, whole = int(load.sum()), int(problem.parts.sum())
     # Whether rows will be split by keys is not known before they are cut: about half of them are.
@@ -193,12 +195,26 @@ def _fastest(problem: _Problem, receive_rows: int | None) -> Assignment:
             best = (seconds, found)
         if not problem.cost.has_links or not load.flows.rows[load.flows.kind != KV].any():
             break  # the evenest is the fastest; or nothing moves any more
+    if best is None and receive_rows is None:
+        if (problem.parts > 0).all():
+            return _at_home(problem.layout)  # too few pairs for shares of them
+        raise ValueError(
+            f"{problem.mask!r} on {problem.layout!r} has too few visible pairs to be shared out to servers of these speeds. "
+            "Use longer sequences, fewer ranks or equal speeds."
+        )
     if best is None:
         raise ValueError(
             f"receive_rows={receive_rows} cannot be kept with any tolerance: documents reach over more ranks than a rank can "
             "receive keys of. Pass more rows, or cut long documents."
         )
     return best[1]
+
+
+def _at_home(layout: Layout) -> Assignment:
+    """Every query is computed by its owner."""
+    ranks = np.flatnonzero(layout.rows_all)
+    zero = np.zeros_like(ranks)
+    return Assignment(ranks, ranks, zero, layout.rows_all[ranks], zero, zero + layout.n_tokens)
 
 
 class _Columns:

@@ -42,7 +42,7 @@ class Address:
         if text == "auto":
             return cls(this_host(), 0)
         host, _, port = text.rpartition(":")
-        if not host or not port.isdigit() or int(port) > 65535:
+        if not host or not port.isdecimal() or int(port) > 65535:
             raise ValueError(f"{name}={text!r} is no address. Write HOST:PORT with a port of 0 (any free one) to 65535, or auto.")
         return cls(host, int(port))
 

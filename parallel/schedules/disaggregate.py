@@ -65,6 +65,7 @@ def disaggregate(layout: Layout, mask: Mask, assignment: Assignment, stages: int
         raise ValueError(f"disaggregate was asked for in stages = {stages!r} parts. Pass a whole number of 1 or more.")
     check_step(layout)
     work = _placed(layout, mask, assignment)
+    assert areas(work.bands).sum() == mask.bands.area, "an assignment covers every visible pair exactly once"
     own = (work.server == work.q_owner) & (work.server == work.kv_owner)
     inside, across = work.take(own), work.take(~own)
     part = _parts(across, int(stages))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from distattn.config import BACKENDS, SCHEDULES, Config, ParallelConfig, check, check_speeds, describe, load_config
+from distattn.config import BACKENDS, SCHEDULES, Config, ParallelConfig, check, check_shares, check_speeds, describe, load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -45,6 +45,8 @@ def test_the_file_is_read_and_words_come_after_it(file: Path) -> None:
         ("parallel.ulysses=0", "at least 1"),
         ("parallel.ulysses=3", "does not divide"),
         ("parallel.rotate=k", "parallel.rotate"),
+        ("parallel.tolerance=0.1", "parallel.tolerance=0.1 is for disaggregate; zigzag has no use for it"),
+        ("parallel.smallest=1", "parallel.smallest=1 is for disaggregate"),
         ("parallel.speeds=equl", "Did you mean 'equal'"),
         ("parallel.speeds=2", "neither equal nor measure nor a list of positive numbers"),
         ("parallel.speeds=[1,-1]", "neither equal nor measure nor a list of positive numbers"),
@@ -154,6 +156,15 @@ def test_backends_are_those_that_there_are() -> None:
     from distattn.kernels import RANKING
 
     assert sorted(BACKENDS) == sorted(RANKING)
+
+
+def test_what_a_disaggregation_does_not_take_is_refused() -> None:
+    with pytest.raises(ValueError, match="parallel.node_devices=2 is not for disaggregate, .* set parallel.cluster"):
+        check_shares(ParallelConfig("disaggregate", node_devices=2))
+    for speeds in ("measure", [1, 0.5]):
+        with pytest.raises(ValueError, match="of single ranks, but with parallel.ulysses=2 groups of them share their work"):
+            check_shares(ParallelConfig("disaggregate", ulysses=2, speeds=speeds))
+    check_shares(ParallelConfig("disaggregate", ulysses=2, tolerance=0.1))
 
 
 def test_speeds_are_one_number_a_rank() -> None:

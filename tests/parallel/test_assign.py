@@ -269,3 +269,9 @@ def test_rows_whose_last_one_sees_nothing_are_given_away() -> None:
         exactly_once(found, layout, mask)
         work = Load.of(found, layout, mask).work
         assert work.sum() == mask.bands.area and ("tolerance" not in options or work.max() <= 1.1 * work.mean())
+
+
+def test_too_few_pairs_for_shares_stay_at_home() -> None:
+    """A sequence of one token on three ranks of different speeds is computed where it is."""
+    found = assign(contiguous(1, 3), causal(1), tolerance=None, smallest=1, speeds=(1, 0.9, 0.8))
+    assert found.server.tolist() == found.owner.tolist() == [0]
