@@ -31,7 +31,7 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", t
 # Bytes stored and loaded a thread outside of the loops: 40 moves an item, whose loops run tens of thousands of instructions.
 SPILLS_OUTSIDE = 160
 # A fused step of 128 queries keeps sums of dk, dv, scores and dp at once, which leaves no register for the mask of a tile.
-SPILLS_IN_LOOPS = {(FUSED, 64): 18}
+SPILLS_IN_LOOPS = {(FUSED, 64): 20}  # 18 on triton 3.7.1, 20 on 3.6.0
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
