@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distattn.launch.bench_processes import connected
+from distattn.launch.bench_processes import check_asked, connected
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,21 +77,15 @@ def parse(words: list[str] | None) -> tuple[Problem, Path | None]:
     """(problem, file for the figures). Raises ValueError for what cannot be measured."""
     asked = vars(parser().parse_args(words))
     path = asked.pop("json")
-    for name in ("tokens", "short", "heads", "kv_heads", "head_dim", "repeat"):
-        if asked[name] < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {asked[name]} was asked for. Pass 1 or more.")
-    if not 2 <= asked["ranks"] <= asked["tokens"]:
-        raise ValueError(f"--ranks {asked['ranks']} for {asked['tokens']} tokens. Pass 2 or more, and a token for each.")
+    check_asked(asked, ("tokens", "short", "heads", "kv_heads", "head_dim", "repeat"), path)
+    if asked["tokens"] < asked["ranks"]:
+        raise ValueError(f"--tokens {asked['tokens']} on {asked['ranks']} ranks: pass a token for each.")
     if asked["heads"] % asked["kv_heads"]:
         raise ValueError(
             f"{asked['heads']} query heads cannot share {asked['kv_heads']} key heads. Pass --kv-heads that divides --heads."
         )
     if not 0 <= asked["long"] <= 1:
         raise ValueError(f"--long {asked['long']:g} is a share of the tokens: 0 to 1.")
-    if not asked["timeout"] > 0:
-        raise ValueError(f"--timeout {asked['timeout']:g} is no time to wait. Pass seconds above 0.")
-    if path and not path.absolute().parent.is_dir():
-        raise ValueError(f"--json {path}: there is no folder {path.absolute().parent}. Make it first.")
     return Problem(**asked), path
 
 

@@ -123,10 +123,10 @@ def check_step(layout: Layout) -> None:
 def _placed(layout: Layout, mask: Mask, assignment: Assignment) -> _Work:
     """The bands of every piece of an assignment, each inside one segment of queries and one of keys."""
     a = assignment
-    [(piece, start, stop)] = cut(Intervals(a.owner, a.q_start, a.q_stop))  # pieces of equal rows share their runs
-    piece, q_segment, begin, end = _in_segments(layout, piece, a.owner[piece], start, stop)
+    piece, start, stop = a.runs(layout)
+    [(index, begin, end)] = cut(Intervals(np.zeros_like(start), start, stop))  # pieces of equal rows share their runs
     order = np.argsort(begin, kind="stable")
-    piece, q_segment, begin, end = (column[order] for column in (piece, q_segment, begin, end))
+    piece, begin, end = piece[index][order], begin[order], end[order]
     table = mask.bands.table
     band, at = expand(np.searchsorted(end, table[:, Q0], side="right"), np.searchsorted(begin, table[:, Q1], side="left"))
     bands = clip(table[band], begin[at], end[at], a.k_first[piece[at]], a.k_stop[piece[at]])
@@ -141,24 +141,10 @@ def _placed(layout: Layout, mask: Mask, assignment: Assignment) -> _Work:
     bands = clip(bands[index], 0, layout.n_tokens, low, low + layout.seg_count[kv_segment])
     some = bands[:, Q0] < bands[:, Q1]
     bands, at, kv_segment = bands[some], at[some], kv_segment[some]
+    q_segment = by_start[np.searchsorted(starts, begin[at], side="right") - 1]
     to_row = layout.seg_row - layout.seg_start
-    rows = shift(bands, to_row[q_segment[at]], to_row[kv_segment])
-    run, _ = groups(a.owner[piece[at]], begin[at])
-    return _Work(rows, a.server[piece[at]], a.owner[piece[at]], layout.seg_rank[kv_segment], run)
-
-
-def _in_segments(
-    layout: Layout, piece: np.ndarray, owner: np.ndarray, start: np.ndarray, stop: np.ndarray
-) -> tuple[np.ndarray, ...]:
-    """Rows [start, stop) of shards cut into segments: (piece, segment, first position, position after the last)."""
-    span = int(layout.rows_all.max(initial=0)) + 1
-    begins = layout.seg_rank * span + layout.seg_row
-    first = np.searchsorted(begins, owner * span + start, side="right") - 1
-    index, segment = expand(first, np.searchsorted(begins, owner * span + stop, side="left"))
-    row, low = layout.seg_row[segment], layout.seg_start[segment]
-    begin = np.maximum(start[index], row)
-    end = np.minimum(stop[index], row + layout.seg_count[segment])
-    return piece[index], segment, low + begin - row, low + end - row
+    rows = shift(bands, to_row[q_segment], to_row[kv_segment])
+    return _Work(rows, a.server[piece[at]], a.owner[piece[at]], layout.seg_rank[kv_segment], begin[at])
 
 
 def _parts(across: _Work, stages: int) -> np.ndarray:

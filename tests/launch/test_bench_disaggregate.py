@@ -49,7 +49,8 @@ def test_twice_gives_what_once_gives() -> None:
     [
         (["--tokens", "0"], "--tokens 0 was asked for"),
         (["--long", "1.5"], "--long 1.5 is a share of the tokens: 0 to 1"),
-        (["--ranks", "1"], "--ranks 1 for 8192 tokens. Pass 2 or more"),
+        (["--ranks", "1"], "nothing travels between fewer than 2 ranks"),
+        (["--tokens", "2", "--ranks", "3"], "--tokens 2 on 3 ranks: pass a token for each"),
         (["--heads", "8", "--kv-heads", "3"], "8 query heads cannot share 3 key heads"),
         (["--timeout", "-1"], "no time to wait"),
         (["--json", "nowhere/figures.json"], "there is no folder"),
