@@ -35,9 +35,8 @@ SLACK = 0.25  # of a group's share of tokens, that it may have above it
 EVEN = 0.02  # the same of two sequences side by side
 MEMORY_SHARE = 0.25  # of a device, for rows of other ranks
 PARTS_OF_GATHER, PARTS = 4, (1, 2, 4)
-MEETINGS = (
-    1 << 19
-)  # of documents with pairs of ranks: zigzag inside of documents takes minutes to plan with more, and is left out
+# Of documents with pairs of ranks: zigzag inside of documents takes minutes to plan with more, and is left out.
+MEETINGS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -229,6 +228,7 @@ class Survey:
         layout = layouts.subdivided(inner, u)
         plan = build_plan(way.strategy, inner, mask)
         if way.waits:
+            assert way.strategy.schedule == "gather", "what others compute goes home only after they have computed it"
             tasks = plan.tasks.copy()
             tasks[:, STAGE] = plan.stages - 1
             plan = replace(plan, tasks=tasks)
@@ -297,4 +297,4 @@ def moving(survey: Survey) -> Iterator[Way]:
         kind = "disaggregate" if u == 1 else "Ulysses, disaggregate"
         for balance, (stages, halves) in product((even, fastest), ((1, True), *((parts, False) for parts in PARTS))):
             strategy = Strategy("disaggregate", ulysses=u, stages=stages, balance=balance)
-            yield Way(kind, strategy, "contiguous", survey.ranks, None, halves)
+            yield Way(kind, strategy, "contiguous", survey.ranks, None, halves=halves)

@@ -12,6 +12,8 @@ from distattn.launch.training_mix import MIXES, mix
 from distattn.launch.training_step import DENSE_EFFICIENCY, MODELS, dense_seconds, step_of
 from distattn.launch.training_ways import Batch, Machines, Survey, dealt, moving, published_rivals, rivals
 from distattn.parallel.cluster import load_cluster
+from distattn.parallel.plan import Plan
+from distattn.parallel.verify import verify
 
 H200 = load_cluster("h200")
 SMALL = ["--worlds", "16", "--each", "4096", "--longest", "32", "--models", "8b", "--seeds", "1"]
@@ -77,6 +79,9 @@ def test_no_way_is_faster_than_its_bound_nor_than_perfect_balance(tensor, seed):
         assert survey.bound(way) <= found.step.seconds * 1.0001, way
         if way.slack is None:
             assert survey.perfect.seconds <= found.step.seconds, way
+        for plan in (phase for call in survey._calls(survey.documents_of(way), way) for phase in call if isinstance(phase, Plan)):
+            verify(plan)
+    assert {way.halves for way in moving(survey)} == {True, False} and not any(way.waits for way in moving(survey))
     best = survey.best(ways)
     assert best is not None and best.step.seconds == min(survey.price(way).step.seconds for way in ways)
 
