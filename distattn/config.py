@@ -427,6 +427,11 @@ def check_shares(parallel: ParallelConfig) -> None:
                 f"parallel.{name}={getattr(parallel, name)} is for {', '.join(TAKE_SPEEDS)}; {schedule} has no use for it. "
                 "Leave it out."
             )
+    if parallel.cluster and schedule not in (*TAKE_SPEEDS, "auto"):
+        raise ValueError(
+            f"parallel.cluster={parallel.cluster} is read by {', '.join(TAKE_SPEEDS)} and auto; {schedule} has no use for it. "
+            "Leave it out."
+        )
     if schedule not in TAKE_SPEEDS:
         return
     if parallel.node_devices:

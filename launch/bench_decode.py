@@ -12,13 +12,12 @@ import argparse
 import dataclasses
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distattn.launch.bench_processes import check_asked, connected
+from distattn.launch.bench_processes import benchmark, check_asked, connected
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,28 +78,7 @@ def parse(words: list[str] | None) -> tuple[Problem, Path | None]:
 
 def main(arguments: list[str] | None = None) -> int:
     """0 when everything was measured, 1 when a rank failed, 2 for a mistake in what was asked, which is printed."""
-    try:
-        problem, path = parse(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    import torch.multiprocessing as multiprocessing
-    from torch.multiprocessing.spawn import ProcessException
-
-    command = " ".join(["python launch/bench_decode.py", *(sys.argv[1:] if arguments is None else arguments)])
-    with tempfile.TemporaryDirectory(prefix="distattn-bench-") as folder:
-        try:
-            multiprocessing.spawn(rank_main, (problem, folder), nprocs=problem.ranks)
-        except ProcessException as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        figures = json.loads((Path(folder) / "figures.json").read_text())
-    figures = {"command": command, "problem": dataclasses.asdict(problem), **figures}
-    print_figures(problem, figures)
-    if path:
-        path.write_text(json.dumps(figures, indent=1) + "\n")
-        print(f"written: {path}")
-    return 0
+    return benchmark("bench_decode.py", arguments, parse, rank_main, print_figures)
 
 
 def rank_main(rank: int, problem: Problem, folder: str) -> None:

@@ -18,13 +18,12 @@ import importlib.util
 import json
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from distattn.launch.bench_processes import check_asked, connected
+from distattn.launch.bench_processes import benchmark, check_asked, connected
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,30 +102,14 @@ def parse(words: list[str] | None) -> tuple[Problem, Path | None]:
 
 def main(arguments: list[str] | None = None) -> int:
     """0 when all was measured, 1 when a figure was refused or a rank failed, 2 for a mistake in what was asked; it is printed."""
-    try:
-        problem, path = parse(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    import torch
-    import torch.multiprocessing as multiprocessing
-    from torch.multiprocessing.spawn import ProcessException
+    return benchmark("bench_peer.py", arguments, parse, rank_main, print_figures, save_truth)
 
-    command = " ".join(["python launch/bench_peer.py", *(sys.argv[1:] if arguments is None else arguments)])
-    with tempfile.TemporaryDirectory(prefix="distattn-bench-") as folder:
-        torch.save(make_truth(problem), Path(folder) / "truth.pt")
-        try:
-            multiprocessing.spawn(rank_main, (problem, folder), nprocs=problem.ranks)
-        except ProcessException as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        figures = json.loads((Path(folder) / "figures.json").read_text())
-    figures = {"command": command, "problem": dataclasses.asdict(problem), **figures}
-    print_figures(problem, figures)
-    if path:
-        path.write_text(json.dumps(figures, indent=1) + "\n")
-        print(f"written: {path}")
-    return 1 if figures["refused"] else 0
+
+def save_truth(problem: Problem, folder: Path) -> None:
+    """For the ranks, which compare with it."""
+    import torch
+
+    torch.save(make_truth(problem), folder / "truth.pt")
 
 
 def make_truth(problem: Problem) -> dict[str, Tensor]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -52,3 +55,47 @@ def connected(rank: int, ranks: int, folder: Path, timeout: float) -> Iterator[P
     yield communicator
     communicator.close()
     dist.destroy_process_group()
+
+
+def benchmark(
+    name: str,
+    words: list[str] | None,
+    parse: Callable[[list[str] | None], tuple[Any, Path | None]],
+    rank_main: Callable[[int, Any, str], None],
+    print_figures: Callable[[Any, dict[str, Any]], None],
+    prepare: Callable[[Any, Path], None] | None = None,
+) -> int:
+    """What ``launch/<name>`` does: reads its command line, runs ``rank_main`` on processes, prints and writes the figures.
+
+    Args:
+        parse: makes a problem (a dataclass with ``ranks``) and the file for the figures, from words.
+        rank_main: takes (rank, problem, folder); rank 0 writes ``figures.json`` into the folder.
+        prepare: what is done in the folder before the ranks start.
+
+    Returns:
+        0 when everything was measured, 1 when a rank failed or a figure was ``refused``, 2 for a mistake in what was asked.
+    """
+    try:
+        problem, path = parse(words)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    import torch.multiprocessing as multiprocessing
+    from torch.multiprocessing.spawn import ProcessException
+
+    command = " ".join([f"python launch/{name}", *(sys.argv[1:] if words is None else words)])
+    with tempfile.TemporaryDirectory(prefix="distattn-bench-") as folder:
+        if prepare is not None:
+            prepare(problem, Path(folder))
+        try:
+            multiprocessing.spawn(rank_main, (problem, folder), nprocs=problem.ranks)
+        except ProcessException as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        figures = json.loads((Path(folder) / "figures.json").read_text())
+    figures = {"command": command, "problem": dataclasses.asdict(problem), **figures}
+    print_figures(problem, figures)
+    if path:
+        path.write_text(json.dumps(figures, indent=1) + "\n")
+        print(f"written: {path}")
+    return 1 if figures.get("refused") else 0

@@ -186,7 +186,7 @@ def configuration(decision: Decision) -> str:
         "schedule": s.schedule,
         "layout": s.layout,
         "ulysses": s.ulysses,
-        "node_devices": s.devices,
+        "node_devices": None if s.schedule == "disaggregate" else s.devices,  # which takes nodes from a description
         "stages": s.stages,
         "laps": s.laps,
     }

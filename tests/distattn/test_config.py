@@ -47,6 +47,7 @@ def test_the_file_is_read_and_words_come_after_it(file: Path) -> None:
         ("parallel.rotate=k", "parallel.rotate"),
         ("parallel.tolerance=0.1", "parallel.tolerance=0.1 is for disaggregate; zigzag has no use for it"),
         ("parallel.smallest=1", "parallel.smallest=1 is for disaggregate"),
+        ("parallel.cluster=h200", "parallel.cluster=h200 is read by disaggregate and auto; zigzag has no use for it"),
         ("parallel.speeds=equl", "Did you mean 'equal'"),
         ("parallel.speeds=2", "neither equal nor measure nor a list of positive numbers"),
         ("parallel.speeds=[1,-1]", "neither equal nor measure nor a list of positive numbers"),
