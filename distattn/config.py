@@ -107,6 +107,10 @@ class ParallelConfig:
     in_flight: int = key(0, "owners whose queries travel at once in a tree; 0 is its own choice")
     rotate: str = key("auto", f"what travels in the backward pass of a ring: {', '.join(ROTATE)} (auto: fewer bytes)")
     laps: int = key(0, "rounds of a ring, each with its part of every shard: 2 halve its memory; 0 is its own choice, 1")
+    hops: int = key(
+        0,
+        "disaggregate: 1 sends rows straight, 2 lets ranks that need the same rows pass them on, 3 to each node once; 0 chooses",
+    )
     servers: int = key(0, "attention servers to wait for, beside these ranks (distattn-serve-attention); more may join later")
     pool_store: str = key(
         "auto", "host:port at which rank 0 lets servers join; auto: this host, any free port (see out/pool_store)"
@@ -350,7 +354,7 @@ def check_parallel(config: Config, world_size: int) -> None:
         )
     if parallel.schedule == "auto":
         default = ParallelConfig()
-        for name in ("layout", "ulysses", "node_devices", "stages", "in_flight", "rotate", "laps", *SHARES):
+        for name in ("layout", "ulysses", "node_devices", "stages", "in_flight", "rotate", "laps", "hops", *SHARES):
             if getattr(parallel, name) != getattr(default, name):
                 raise ValueError(f"parallel.{name}={getattr(parallel, name)} is chosen by parallel.schedule=auto. Leave it out.")
     check_shares(parallel)
@@ -360,7 +364,7 @@ def check_parallel(config: Config, world_size: int) -> None:
     _at_least("parallel.ulysses", parallel.ulysses, 1)
     check_pool(config)
     _at_least("parallel.smallest", parallel.smallest, 1)
-    for name in ("node_devices", "stages", "in_flight", "laps", "tolerance", "receive_rows"):
+    for name in ("node_devices", "stages", "in_flight", "laps", "hops", "tolerance", "receive_rows"):
         _at_least(f"parallel.{name}", getattr(parallel, name), 0)
     _one_of("parallel.backend", parallel.backend, ("", *BACKENDS))
     _one_of("parallel.checkpointing", parallel.checkpointing, CHECKPOINTING)
@@ -483,6 +487,7 @@ def strategy_of(parallel: ParallelConfig) -> Strategy:
         cast("Rotate", parallel.rotate),
         cast("Keep", parallel.keep),
         parallel.laps or None,
+        parallel.hops or None,
     )
 
 

@@ -189,6 +189,7 @@ def configuration(decision: Decision) -> str:
         "node_devices": None if s.schedule == "disaggregate" else s.devices,  # which takes nodes from a description
         "stages": s.stages,
         "laps": s.laps,
+        "hops": s.hops,
     }
     return " ".join(f"parallel.{key}={value}" for key, value in named.items() if value not in (None, 1))
 

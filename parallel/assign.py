@@ -44,6 +44,7 @@ def assign(
     receive_rows: int | None = None,
     smallest: int = 128,
     speeds: Sequence[float] | None = None,
+    hops: int | None = 1,
 ) -> Assignment:
     """Pieces for every rank, none of which has more than ``(1 + tolerance)`` times its part of the time.
 
@@ -58,6 +59,8 @@ def assign(
         receive_rows: the most rows that a rank may receive, those of keys and those of queries together.
         smallest: fewest rows of a document in a piece, where its owner holds more of that document.
         speeds: of each rank [world], in any unit: its part of the time is in proportion.
+        hops: that rows will take (:func:`~distattn.parallel.schedules.disaggregate.disaggregate`), for predicted times; None: as
+            many as are faster.
 
     Raises:
         ValueError: an argument that makes no sense, or a limit that cannot be kept; names it, and what can be kept.
@@ -65,7 +68,7 @@ def assign(
     parts = _parts(layout.world, servers, speeds)
     _check(layout, mask, smallest, tolerance, receive_rows)
     groups = Groups.of(mask)
-    problem = _Problem(layout, mask, cost or Cost(), parts, smallest, groups, Cells.of(layout, groups))
+    problem = _Problem(layout, mask, cost or Cost(), parts, smallest, groups, Cells.of(layout, groups), hops)
     if tolerance is None:
         return _fastest(problem, receive_rows)
     found = _solve(problem, tolerance)
@@ -84,6 +87,12 @@ class _Problem(NamedTuple):
     smallest: int
     groups: Groups
     cells: Cells
+    hops: int | None
+
+    def seconds(self, load: Load) -> float:
+        """Predicted, of the slowest rank."""
+        ways = {None: (None, self.layout.rows_all), 1: (None,)}.get(self.hops, (self.layout.rows_all,))
+        return min(float(self.cost.seconds(load, self.parts / ONE, held).max(initial=0.0)) for held in ways)
 
 
 def _parts(world: int, servers: Sequence[int] | None, speeds: Sequence[float] | None) -> np.ndarray:
@@ -190,7 +199,7 @@ def _fastest(problem: _Problem, receive_rows: int | None) -> Assignment:
         load = Load.of(found, problem.layout, problem.mask)
         if receive_rows is not None and int(load.received(1, 1, 1).max(initial=0)) > receive_rows:
             continue
-        seconds = float(problem.cost.seconds(load, problem.parts / ONE).max(initial=0.0))
+        seconds = problem.seconds(load)
         if best is None or seconds < best[0] * (1 - 1e-9):
             best = (seconds, found)
         if not problem.cost.has_links or not load.flows.rows[load.flows.kind != KV].any():

@@ -93,18 +93,29 @@ class Cost:
         factor = slow[left] + (slow[right] - slow[left]) * at // span
         return pairs // ONE * factor + pairs % ONE * factor // ONE
 
-    def seconds(self, load: Load, speeds: np.ndarray | None = None) -> np.ndarray:
-        """Predicted time of each rank: its work, or what it receives or sends if that takes longer; float64 [world]."""
+    def seconds(self, load: Load, speeds: np.ndarray | None = None, held: np.ndarray | None = None) -> np.ndarray:
+        """Predicted time of each rank: its work, or what it receives or sends if that takes longer; float64 [world].
+
+        Args:
+            held: rows of each rank's shard, where servers pass rows on to each other and merge results (relays.py); None: all
+                travels straight.
+        """
         world = len(load.work)
         compute = load.work * self.pair_seconds / (np.ones(world) if speeds is None else np.maximum(speeds, 1e-12))
         flow = load.flows
         near = (flow.src // self.devices == flow.dst // self.devices) if self.devices else np.ones(len(flow.src), dtype=bool)
         each = flow.rows * np.where(near, self.near_seconds, self.far_seconds)
         # A query row and a finished one weigh alike; links carry both directions at the same time.
-        there = np.array([self.kv_row, self.query_row / 2, self.query_row / 2])[flow.kind] * each
-        back = np.array([0.0, self.query_row / 2, self.partial_row - self.query_row / 2])[flow.kind] * each
-        out, into = (
-            np.bincount(one, weights=there, minlength=world) + np.bincount(other, weights=back, minlength=world)
-            for one, other in ((flow.src, flow.dst), (flow.dst, flow.src))
+        half = self.query_row / 2
+        there = np.array([self.kv_row, half, half])[flow.kind] * each
+        back = np.array([0.0, half, self.partial_row - half])[flow.kind] * each
+        (sent, taken), (home, given) = (
+            [np.bincount(end, weights=way, minlength=world) for end in (flow.src, flow.dst)] for way in (there, back)
         )
-        return np.maximum(compute, np.maximum(out, into))
+        if held is None:
+            return np.maximum(compute, np.maximum(sent + given, taken + home))
+        # Owners send and get every row once; what servers get besides comes from others of them, results likewise.
+        far = self.far_seconds if self.devices else self.near_seconds
+        once, finished = np.minimum(sent, held * (self.kv_row + half) * far), np.minimum(home, held * half * far)
+        passed, merged = (1 - few.sum() / max(many.sum(), 1e-300) for few, many in ((once, sent), (finished, home)))
+        return np.maximum(compute, np.maximum(once + passed * taken + given, taken + finished + merged * given))

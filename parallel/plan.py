@@ -31,7 +31,7 @@ class What(IntEnum):
     OUT = 3  # partial (o, lse), merged by the receiver
     DQ = 4  # partial gradient of the queries
     DKV = 5  # partial gradients of keys and values
-    DONE = 6  # (o, lse) of rows that one rank finished alone: o travels in the output dtype; stored as OUT at both ends
+    DONE = 6  # (o, lse) of rows to which their owner adds nothing: o travels in the output dtype; stored as OUT at both ends
 
     @property
     def is_sum(self) -> bool:
@@ -111,6 +111,7 @@ class Plan:
         quiet: last stages of a forward plan in which nobody works on rows of others: partial results are on their way home.
         pooled: a rank stores the foreign rows of a kind in one buffer, whoever owns them, so that all tasks of a stage run in at
             most four launches: own or foreign queries on own or foreign keys. Else a buffer and launches for each owner.
+        node_devices: ranks of a node, where the schedule has shared rows out by nodes; 0: it has not.
         bands_of: the one rank whose tasks have their bands, where a schedule was asked for no more; None: all have.
     """
 
@@ -128,6 +129,7 @@ class Plan:
     rank: int | None = None
     quiet: int = 0
     pooled: bool = False
+    node_devices: int = 0
     bands_of: int | None = None
 
     @property

@@ -65,6 +65,8 @@ class Strategy:
             disaggregation has pieces of its own unless all inputs stay; "last" means none there.
         laps: of a ring, rounds of which each carries its part of every shard; two (None: one) halve the memory for rows of other
             ranks and double the stages. Simulated for H200s: 20% slower at 2k tokens a rank, 1.5% at 32k.
+        hops: of a disaggregation, 1: rows travel straight; 2: ranks that need the same rows pass them on, so that the owners of
+            long documents send and get less; 3: so that each node gets them once.
         servers: of a disaggregation, the last ranks of the group that hold no tokens and compute for the others.
         balance: of a disaggregation; None is its own choice.
     """
@@ -78,6 +80,7 @@ class Strategy:
     rotate: Rotate = "auto"
     keep: Keep = "last"
     laps: int | None = None
+    hops: int | None = None
     servers: int = 0
     balance: Balance | None = None
 

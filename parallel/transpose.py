@@ -36,6 +36,7 @@ from distattn.parallel.plan import (
     Plan,
     What,
 )
+from distattn.parallel.relays import Needs, input_lane, relayed
 
 Keep = Literal["all", "last", "none"]
 GRADIENT_OF = {What.Q: What.DQ, What.KV: What.DKV, What.OUT: What.DOUT, What.DONE: What.DOUT}
@@ -142,7 +143,10 @@ def _reversed(transfers: np.ndarray, stages: int, pooled: bool) -> np.ndarray:
         out[transfers[:, WHAT] == what, WHAT] = gradient
     # Long hops block no short ones; with pooled rows all go straight home, and block no inputs.
     short = pooled | (out[:, NEED] - out[:, POST] == 1)
-    out[(out[:, WHAT] != What.DOUT) & short, LANE] = HOME_LANE
+    dout = out[:, WHAT] == What.DOUT
+    out[~dout & short, LANE] = HOME_LANE
+    if pooled:
+        out[dout, LANE] = input_lane(out[dout, SRC], out[dout, OWNER])
     return out
 
 
@@ -179,27 +183,42 @@ def _inputs(
     piece, start, stop, use = _pieces_with_last_use(plan, inputs)
     row = inputs[piece]
     kept = {"all": np.ones(len(row), bool), "last": use == plan.stages - 1, "none": np.zeros(len(row), bool)}[keep]
-    relay = _relay(row, start, use)
     again = ~kept & (row[:, WHAT] == What.KV)
-    passed = relay >= 0
-    need = stages - 1 - np.where(passed, row[relay, POST], use)
-    hop, long_lane = (column[row[:, OWNER]] for column in longest)
-    far = ~passed & (hop > 1) & (use >= hop)  # straight from the owner, and it came over the longest hop
-    ahead = np.where(passed, row[relay, NEED] - row[relay, POST], np.where(far, hop, need if plan.pooled else 1))
-    lane = np.where(passed, row[relay, LANE], np.where(far, long_lane, row[:, LANE]))
-    columns = [np.where(passed, row[relay, DST], row[:, OWNER]), row[:, DST], row[:, OWNER], row[:, WHAT], lane, need]
-    columns.append(np.maximum(need - ahead, 0))
-    group, first = groups(*(c[again] for c in columns))
-    src, dst, owner, what, lane, need, post = (c[again][first] for c in columns)
-    runs = union(Intervals(group, start[again], stop[again]))
-    g = runs.key
-    resent = np.stack([src[g], dst[g], owner[g], runs.start, runs.stop, what[g], lane[g], post[g], need[g]], 1)
+    some = row[again], start[again], stop[again], use[again]
+    resent = _resent_in_trees(plan, *some) if plan.pooled else _resent_in_chains(*some, stages, longest)
     # Rows that are used at different times are runs of their own: they are different visits, as in the forward pass.
     group, first = groups(*(c[kept] for c in (row[:, DST], row[:, OWNER], row[:, WHAT], use)))
     runs = union(Intervals(group, start[kept], stop[kept]))
     rank, owner, what = (row[kept][first][:, c] for c in (DST, OWNER, WHAT))
     table = np.stack([rank[runs.key], owner[runs.key], runs.start, runs.stop, what[runs.key]], 1)
     return resent, table
+
+
+def _resent_in_chains(
+    row: np.ndarray, start: np.ndarray, stop: np.ndarray, use: np.ndarray, stages: int, longest: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """Keys once more: from the rank to which they were passed on, else straight from their owner."""
+    relay = _relay(row, start, use)
+    passed = relay >= 0
+    need = stages - 1 - np.where(passed, row[relay, POST], use)
+    hop, long_lane = (column[row[:, OWNER]] for column in longest)
+    far = ~passed & (hop > 1) & (use >= hop)  # straight from the owner, and it came over the longest hop
+    ahead = np.where(passed, row[relay, NEED] - row[relay, POST], np.where(far, hop, 1))
+    lane = np.where(passed, row[relay, LANE], np.where(far, long_lane, row[:, LANE]))
+    columns = [np.where(passed, row[relay, DST], row[:, OWNER]), row[:, DST], row[:, OWNER], row[:, WHAT], lane, need]
+    columns.append(np.maximum(need - ahead, 0))
+    group, first = groups(*columns)
+    src, dst, owner, what, lane, need, post = (c[first] for c in columns)
+    runs = union(Intervals(group, start, stop))
+    g = runs.key
+    return np.stack([src[g], dst[g], owner[g], runs.start, runs.stop, what[g], lane[g], post[g], need[g]], 1)
+
+
+def _resent_in_trees(plan: Plan, row: np.ndarray, start: np.ndarray, stop: np.ndarray, use: np.ndarray) -> np.ndarray:
+    """Keys once more, on trees in which those stand next to the owner that need them first in the backward pass."""
+    needs = Needs(row[:, DST], row[:, OWNER], start, stop, plan.stages - 1 - use)
+    hops = relayed(needs, max(1, plan.quiet), plan.node_devices)
+    return np.stack([*hops[:5], np.full_like(hops.lane, What.KV), hops.lane, hops.post, hops.need], 1)
 
 
 def _pieces_with_last_use(plan: Plan, inputs: np.ndarray) -> tuple[np.ndarray, ...]:

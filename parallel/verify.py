@@ -332,24 +332,28 @@ def _sums_go_home(plan: Plan) -> Iterator[str]:
 
 
 def _done_alone(plan: Plan) -> Iterator[str]:
-    """Rows that go home as finished have no other part: no task elsewhere works on them, and no partial result of them comes."""
-    t, task, world = plan.transfers, plan.tasks[plan.task_of_band], plan.world
-    done, partial = t[t[:, WHAT] == What.DONE], t[t[:, WHAT] == What.OUT]
-    if not len(done):
+    """Rows that go home as finished go to their owner, who has no other part of them: no task on them, and nothing else comes."""
+    t, task = plan.transfers, plan.tasks[plan.task_of_band]
+    is_done = t[:, WHAT] == What.DONE
+    if not is_done.any():
         return
-    owner = np.concatenate([done[:, OWNER], partial[:, OWNER], task[:, Q_OWNER]])
-    rank = np.concatenate([done[:, SRC], partial[:, SRC], task[:, RANK]])
-    begin = np.concatenate([done[:, START], partial[:, START], task[:, Q_START] + plan.bands[:, Q0]])
-    end = np.concatenate([done[:, STOP], partial[:, STOP], task[:, Q_START] + plan.bands[:, Q1]])
+    for i in np.flatnonzero(is_done & (t[:, DST] != t[:, OWNER])):
+        yield f"{plan.transfer(int(i))}: only their owner takes rows as finished"
+    home = np.isin(t[:, WHAT], (What.OUT, What.DONE)) & (t[:, DST] == t[:, OWNER])
+    t, is_done, task_here = t[home], is_done[home], task[:, RANK] == task[:, Q_OWNER]
+    task, bands = task[task_here], plan.bands[task_here]
+    owner = np.concatenate([t[:, OWNER], task[:, Q_OWNER]])
+    begin = np.concatenate([t[:, START], task[:, Q_START] + bands[:, Q0]])
+    end = np.concatenate([t[:, STOP], task[:, Q_START] + bands[:, Q1]])
     [(piece, lo, hi)] = cut(Intervals(owner, begin, end))
     cell, first_piece = groups(owner[piece], lo)
-    is_done = np.bincount(cell, weights=piece < len(done), minlength=len(first_piece)) > 0
-    lowest, highest = np.full(len(first_piece), world), np.full(len(first_piece), -1)
-    np.minimum.at(lowest, cell, rank[piece])
-    np.maximum.at(highest, cell, rank[piece])
-    for g in np.flatnonzero(is_done & (lowest != highest)):
-        rows = Rows(owner[piece[first_piece[g]]], lo[first_piece[g]], hi[first_piece[g]])
-        yield f"{rows} go home as finished, but ranks {lowest[g]} and {highest[g]} both compute parts of them"
+    finished = np.bincount(cell, weights=np.concatenate([is_done, np.zeros(len(task))])[piece], minlength=len(first_piece))
+    worked, parts = np.bincount(cell[piece >= len(t)], minlength=len(first_piece)), np.bincount(cell)
+    for g in np.flatnonzero((finished > 0) & (parts > 1)):
+        at = first_piece[g]
+        rows = Rows(owner[piece[at]], lo[at], hi[at])
+        other = "its own part of them" if worked[g] else "another result of them"
+        yield f"{rows} come home as finished, but rank {rows.owner} has {other}"
 
 
 def _buffers(plan: Plan) -> Iterator[str]:

@@ -11,6 +11,7 @@ from distattn.parallel import layout as layouts
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
 from distattn.parallel.plan import Plan
+from distattn.parallel.relays import IN_NODES
 from distattn.parallel.schedules.disaggregate import balanced, check_step, disaggregate
 from distattn.parallel.schedules.double_ring import double_ring
 from distattn.parallel.schedules.gather import PAIRS_A_ROW, PAIRS_A_ROW_FAR, gather
@@ -79,8 +80,10 @@ def _tree(layout: Layout, mask: Mask, strategy: Strategy, rank: int | None) -> P
 
 def _disaggregate(layout: Layout, mask: Mask, strategy: Strategy, rank: int | None, backward: bool = False) -> Plan:
     check_step(layout)
-    assignment = balanced(layout, mask, strategy.balance or Balance(), backward)
-    return disaggregate(layout, mask, assignment, strategy.stages or 2)
+    balance = strategy.balance or Balance()
+    assignment = balanced(layout, mask, balance, backward, strategy.hops)
+    cost = balance.backward if backward else balance.forward
+    return disaggregate(layout, mask, assignment, strategy.stages, strategy.hops, cost)
 
 
 def _disaggregate_backward(layout: Layout, mask: Mask, strategy: Strategy, rank: int | None) -> Plan:
@@ -134,13 +137,15 @@ def checked_strategy(strategy: Strategy | str, world: int) -> Strategy:
     for name, known in (("rotate", get_args(Rotate)), ("keep", get_args(Keep))):
         if getattr(s, name) not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}. Found {getattr(s, name)!r}.")
-    for name in ("ulysses", "devices", "stages", "in_flight", "laps"):
+    for name in ("ulysses", "devices", "stages", "in_flight", "laps", "hops"):
         value = getattr(s, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name} must be a whole number of 1 or more. Found {value!r}.")
+    if s.hops is not None and s.hops > IN_NODES:
+        raise ValueError(f"hops must be 1 (straight), 2 (relays) or {IN_NODES} (relays by nodes). Found {s.hops}.")
     _check_servers(s, world)
     rings, shared = ("ring", "zigzag", "striped"), ("disaggregate",)
-    takers_of = {"stages": ("gather", *shared), "in_flight": ("tree",), "laps": rings, "balance": shared}
+    takers_of = {"stages": ("gather", *shared), "in_flight": ("tree",), "laps": rings, "hops": shared, "balance": shared}
     for name, takers in takers_of.items():
         if getattr(s, name) is not None and s.schedule not in takers:
             raise ValueError(f"{name} is an option of {', '.join(takers)}; {s.schedule} has none. Leave it out.")

@@ -1,9 +1,10 @@
 """Core attention disaggregation: tokens stay where they are, and pieces of attention go where there is time.
 
 Zhuang et al., "Efficient Long-context Language Model Training by Core Attention Disaggregation" (DistCA). Which rank computes
-which queries is decided by :mod:`distattn.parallel.assign`; here the decision becomes a plan. A rank does half of the work on its
-own rows while the first queries and keys of others travel, then what it does for others in ``stages`` parts, each while the next
-one travels, then the other half of its own while the last results go home.
+which queries is decided by :mod:`distattn.parallel.assign`; here the decision becomes a plan. A rank works on its own rows while
+the first queries and keys of others travel, then does what it does for others in ``stages`` parts, each while the next one
+travels, then works on its own rows again while the last results go home. Rows that several ranks need can be passed on among
+these, so that the owners of long documents send and get no more than others (:mod:`distattn.parallel.relays`).
 """
 
 from __future__ import annotations
@@ -14,27 +15,18 @@ import numpy as np
 
 from distattn.kernels.bands import K0, K1, Q0, Q1, areas, clip, shift
 from distattn.parallel.assign import assign
+from distattn.parallel.assign_cost import Cost
 from distattn.parallel.assignment import Assignment
 from distattn.parallel.intervals import Intervals, cut, expand, groups, union
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
 from distattn.parallel.plan import DST, HOME_LANE, NEED, OWNER, POST, RANK, SRC, STAGE, START, WHAT, Plan, What, no_kept
+from distattn.parallel.relays import IN_NODES, SHARED, STRAIGHT, Hops, Needs, relayed
+from distattn.parallel.schedules.pace import Time, Work, in_parts, in_slices
 from distattn.parallel.strategy import Balance
 
-LANE = 1
-
-
-class _Work(NamedTuple):
-    """Bands in the rows of whole shards, and who does them: int64 [n, 6] and [n] each."""
-
-    bands: np.ndarray
-    server: np.ndarray
-    q_owner: np.ndarray
-    kv_owner: np.ndarray
-    run: np.ndarray  # number of the run of queries: what one server computes of it goes home together
-
-    def take(self, some: np.ndarray) -> _Work:
-        return _Work(*(column[some] for column in self))
+PARTS = 2, 4  # straight, with relays
+GAIN = 2  # times less for the busiest owner to send and get: then relays are worth the stages that they take
 
 
 class _Runs(NamedTuple):
@@ -46,34 +38,52 @@ class _Runs(NamedTuple):
     stop: np.ndarray
     part: np.ndarray
 
+    def take(self, some: np.ndarray) -> _Runs:
+        return _Runs(*(column[some] for column in self))
 
-def disaggregate(layout: Layout, mask: Mask, assignment: Assignment, stages: int = 2) -> Plan:
+
+def disaggregate(
+    layout: Layout,
+    mask: Mask,
+    assignment: Assignment,
+    stages: int | None = None,
+    hops: int | None = None,
+    cost: Cost | None = None,
+) -> Plan:
     """The plan of an assignment, for all ranks.
 
     Volume: each foreign row that a server needs, once. A query row that one server finishes alone comes home in the output dtype;
-    partial results of rows that several ranks share are merged by their owner. Memory: all foreign rows that a server receives,
-    and a partial result of each foreign query.
+    partial results of rows that several ranks share are merged by their owner, or on the way to it. Memory: all foreign rows that
+    a server receives, and a partial result of each foreign query.
 
     Args:
         layout: segments of step 1 (contiguous or zigzag); ranks without rows may serve.
-        stages: parts in which a rank does what it does not do on its own rows alone.
+        stages: parts in which a rank does what it does not do on its own rows alone; None: 2, with relays 4.
+        hops: 1: rows travel straight from their owner and results straight home; 2: ranks that need the same rows pass them on to
+            each other (:mod:`distattn.parallel.relays`); 3: so that each node gets them once. None: relays where the busiest
+            owner has to send and get that much less.
+        cost: what rows weigh, which ranks share a node, and how long rows travel; None: its default.
 
     Raises:
-        ValueError: a striped layout, or less than one part.
+        ValueError: a striped layout, less than one part, or hops other than 1 to 3.
     """
-    if not isinstance(stages, (int, np.integer)) or stages < 1:
-        raise ValueError(f"disaggregate was asked for in stages = {stages!r} parts. Pass a whole number of 1 or more.")
+    for name, what, value, most in (("stages", " parts", stages, None), ("hops", "", hops, IN_NODES)):
+        if value is not None and (not isinstance(value, (int, np.integer)) or value < 1 or (most and value > most)):
+            few = f"of 1 to {most}" if most else "of 1 or more"
+            raise ValueError(f"disaggregate was asked for with {name} = {value!r}{what}. Pass a whole number {few}, or None.")
+    cost = cost or Cost()
     check_step(layout)
     work = _placed(layout, mask, assignment)
     assert areas(work.bands).sum() == mask.bands.area, "an assignment covers every visible pair exactly once"
     own = (work.server == work.q_owner) & (work.server == work.kv_owner)
     inside, across = work.take(own), work.take(~own)
-    part = _parts(across, int(stages))
-    last = int(stages) + 1 if len(across.run) else 0
-    inside, half = _halves(inside, layout.world, last)
-    tasks, task_of_band, bands = _tasks(layout, inside, half, across, part)
+    hops = int(hops or _hops(layout.world, across, cost))
+    time = Time(hops, int(stages or PARTS[hops > STRAIGHT])) if len(across.run) else Time(0, 1)
+    across, part = in_parts(across, time.parts)
     queries, keys = _query_runs(across, part), _key_runs(across, part)
-    finished = _finished(queries, work)
+    inside, when = in_slices(inside, across, layout.world, time, _first_hop(queries, keys, layout.world, cost))
+    tasks, task_of_band, bands = _tasks(layout, inside, when, across, part + time.hops - 1)
+    finished = _finished(queries, work, hops > STRAIGHT)
     received = np.zeros(layout.world, dtype=np.int64)
     for runs, kinds in ((queries, 2), (keys, 1)):
         np.add.at(received, runs.server, kinds * (runs.stop - runs.start))
@@ -82,19 +92,20 @@ def disaggregate(layout: Layout, mask: Mask, assignment: Assignment, stages: int
         direction="forward",
         layout=layout,
         mask=mask,
-        stages=last + 1,
+        stages=time.all,
         tasks=tasks,
         band_ptr=np.concatenate([[0], np.cumsum(np.bincount(task_of_band, minlength=len(tasks)))]).astype(np.int64),
         bands=bands,
-        transfers=_transfers(queries, keys, finished, int(stages)),
+        transfers=_transfers(queries, keys, finished, time, cost.devices),
         kept=no_kept(),
         buffer_bound=int(received.max(initial=0)),
-        quiet=int(last > 0),
+        quiet=time.hops,
         pooled=True,
+        node_devices=cost.devices,
     )
 
 
-def balanced(layout: Layout, mask: Mask, balance: Balance, backward: bool = False) -> Assignment:
+def balanced(layout: Layout, mask: Mask, balance: Balance, backward: bool = False, hops: int | None = None) -> Assignment:
     """The assignment that a balance asks for, for the forward or the backward pass; identical on all ranks.
 
     Raises:
@@ -108,6 +119,7 @@ def balanced(layout: Layout, mask: Mask, balance: Balance, backward: bool = Fals
         receive_rows=balance.receive_rows,
         smallest=balance.smallest,
         speeds=balance.speeds,
+        hops=hops,
     )
 
 
@@ -120,7 +132,7 @@ def check_step(layout: Layout) -> None:
         )
 
 
-def _placed(layout: Layout, mask: Mask, assignment: Assignment) -> _Work:
+def _placed(layout: Layout, mask: Mask, assignment: Assignment) -> Work:
     """The bands of every piece of an assignment, each inside one segment of queries and one of keys."""
     a = assignment
     piece, start, stop = a.runs(layout)
@@ -144,53 +156,45 @@ def _placed(layout: Layout, mask: Mask, assignment: Assignment) -> _Work:
     q_segment = by_start[np.searchsorted(starts, begin[at], side="right") - 1]
     to_row = layout.seg_row - layout.seg_start
     rows = shift(bands, to_row[q_segment], to_row[kv_segment])
-    return _Work(rows, a.server[piece[at]], a.owner[piece[at]], layout.seg_rank[kv_segment], begin[at])
+    return Work(rows, a.server[piece[at]], a.owner[piece[at]], layout.seg_rank[kv_segment], begin[at])
 
 
-def _parts(across: _Work, stages: int) -> np.ndarray:
-    """The part, 1 to ``stages``, in which each band is worked on: equal areas on every server, runs of queries whole."""
-    number, first = groups(across.server, across.q_owner, across.run)
-    area = np.bincount(number, weights=areas(across.bands), minlength=len(first))
-    server = across.server[first]
-    before = np.cumsum(area) - area
-    begin = np.searchsorted(server, server, side="left")  # groups are sorted by server
-    total = np.bincount(server, weights=area)[server] if len(first) else area
-    middle = before - before[begin] + area / 2
-    return (1 + np.minimum((middle * stages / np.maximum(total, 1)).astype(np.int64), stages - 1))[number]
+def _hops(world: int, across: Work, cost: Cost) -> int:
+    """Own choice: relays where the busiest owner's rows go to several servers each, and it has far more to send than others."""
+    straight, once = np.zeros(world), np.zeros(world)
+    for owner, first, each in ((across.q_owner, Q0, cost.query_row), (across.kv_owner, K0, cost.kv_row)):
+        away = owner != across.server
+        start, stop = across.bands[away, first], across.bands[away, first + 1]
+        sent = union(Intervals((across.server * world + owner)[away], start, stop))
+        straight += each * np.bincount(sent.key % world, weights=sent.rows, minlength=world)
+        distinct = union(Intervals(sent.key % world, sent.start, sent.stop))
+        once += each * np.bincount(distinct.key, weights=distinct.rows, minlength=world)
+    if straight.max(initial=0) < GAIN * max(once.max(initial=0), straight.mean()):
+        return STRAIGHT
+    return IN_NODES if 1 < cost.devices < world else SHARED
 
 
-def _halves(inside: _Work, world: int, last: int) -> tuple[_Work, np.ndarray]:
-    """Bands of own rows cut where half of a rank's area is done; (bands, 0 for the first half and ``last`` for the second)."""
-    order = np.lexsort((inside.bands[:, Q0], inside.server))
-    inside = inside.take(order)
-    if not last:
-        return inside, np.zeros(len(order), dtype=np.int64)
-    area = areas(inside.bands)
-    done = np.cumsum(area)
-    end_of = np.searchsorted(inside.server, np.arange(world), side="right")
-    ends = np.concatenate([[0], done])[end_of]
-    begins = np.concatenate([[0], ends[:-1]])
-    middle = ((begins + ends) // 2)[inside.server]
-    share = np.clip((middle - (done - area)) / np.maximum(area, 1), 0, 1)
-    height = inside.bands[:, Q1] - inside.bands[:, Q0]
-    at = inside.bands[:, Q0] + np.round(height * share).astype(np.int64)
-    pieces = clip(inside.bands, 0, at, 0, 1 << 60), clip(inside.bands, at, 1 << 60, 0, 1 << 60)
-    kept = [np.flatnonzero(p[:, Q0] < p[:, Q1]) for p in pieces]
-    columns = [np.concatenate([column[some] for some in kept]) for column in inside[1:]]
-    bands = np.concatenate([p[some] for p, some in zip(pieces, kept, strict=True)])
-    return _Work(bands, *columns), np.repeat([0, last], [len(some) for some in kept])
+def _first_hop(queries: _Runs, keys: _Runs, world: int, cost: Cost) -> int | None:
+    """Visible pairs that a rank works through while the rows of the first part make a hop, on average; None: not known."""
+    if not cost.has_links:
+        return None
+    weight = sum(
+        each * int((runs.stop - runs.start)[runs.part == 1].sum())
+        for runs, each in ((queries, cost.query_row / 2), (keys, cost.kv_row))
+    )
+    return int(weight / world * max(cost.far_seconds, cost.near_seconds) / cost.pair_seconds)
 
 
 def _tasks(
-    layout: Layout, inside: _Work, half: np.ndarray, across: _Work, part: np.ndarray
+    layout: Layout, inside: Work, when: np.ndarray, across: Work, stage: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tasks, task of each band, bands): own rows in one task a half; the rest in one task a band, on its rows alone."""
-    number, first = groups(half, inside.server)
+    """(tasks, task of each band, bands): own rows in one task a stage; the rest in one task a band, on its rows alone."""
+    number, first = groups(when, inside.server)
     rank, zero = inside.server[first], np.zeros_like(first)
     rows = layout.rows_all[rank]
-    own = np.stack([half[first], rank, rank, zero, rows, rank, zero, rows], 1)
+    own = np.stack([when[first], rank, rank, zero, rows, rank, zero, rows], 1)
     b, whose = across.bands, across
-    far = np.stack([part, whose.server, whose.q_owner, b[:, Q0], b[:, Q1], whose.kv_owner, b[:, K0], b[:, K1]], 1)
+    far = np.stack([stage, whose.server, whose.q_owner, b[:, Q0], b[:, Q1], whose.kv_owner, b[:, K0], b[:, K1]], 1)
     tasks = np.concatenate([own, far])
     task_of_band = np.concatenate([number, len(own) + np.arange(len(far))])
     bands = np.concatenate([inside.bands, shift(b, -b[:, Q0], -b[:, K0])])
@@ -200,7 +204,7 @@ def _tasks(
     return tasks[order], place[by_task], bands[by_task]
 
 
-def _query_runs(across: _Work, part: np.ndarray) -> _Runs:
+def _query_runs(across: Work, part: np.ndarray) -> _Runs:
     """Foreign query rows that servers work on, by part."""
     foreign = across.server != across.q_owner
     w, part = across.take(foreign), part[foreign]
@@ -210,7 +214,7 @@ def _query_runs(across: _Work, part: np.ndarray) -> _Runs:
     return _Runs(w.server[of], w.q_owner[of], runs.start, runs.stop, part[of])
 
 
-def _key_runs(across: _Work, part: np.ndarray) -> _Runs:
+def _key_runs(across: Work, part: np.ndarray) -> _Runs:
     """Foreign key rows that servers need, each in the first part that does."""
     foreign = across.server != across.kv_owner
     w, part = across.take(foreign), part[foreign]
@@ -226,31 +230,45 @@ def _key_runs(across: _Work, part: np.ndarray) -> _Runs:
     return _Runs(w.server[of], w.kv_owner[of], runs.start, runs.stop, runs.key % most)
 
 
-def _finished(queries: _Runs, work: _Work) -> tuple[np.ndarray, _Runs]:
-    """(whether one server alone does all of them, the runs cut where that changes)."""
+def _finished(queries: _Runs, work: Work, relayed: bool) -> tuple[np.ndarray, _Runs]:
+    """(whether all of a run comes home in one result that its owner adds nothing to, the runs cut where that changes).
+
+    ``relayed``: servers merge what several of them make of a row, before it comes home.
+    """
     touched = Intervals(work.q_owner, work.bands[:, Q0], work.bands[:, Q1])
     (run, low, high), (band, band_low, _) = cut(Intervals(queries.owner, queries.start, queries.stop), touched)
     cell, first = groups(np.concatenate([queries.owner[run], work.q_owner[band]]), np.concatenate([low, band_low]))
-    least, most = np.full(len(first), np.iinfo(np.int64).max), np.full(len(first), -1)
-    np.minimum.at(least, cell[len(run) :], work.server[band])
-    np.maximum.at(most, cell[len(run) :], work.server[band])
-    alone = (least == most)[cell[: len(run)]]
-    joined = union(Intervals(run * 2 + alone, low, high))
+    at, server = cell[len(run) :], work.server[band]
+    if relayed:
+        done = np.bincount(at[server == work.q_owner[band]], minlength=len(first)) == 0
+    else:
+        least, most = np.full(len(first), np.iinfo(np.int64).max), np.full(len(first), -1)
+        np.minimum.at(least, at, server)
+        np.maximum.at(most, at, server)
+        done = least == most
+    joined = union(Intervals(run * 2 + done[cell[: len(run)]], low, high))
     of = joined.key // 2
     return joined.key % 2 == 1, _Runs(queries.server[of], queries.owner[of], joined.start, joined.stop, queries.part[of])
 
 
-def _transfers(queries: _Runs, keys: _Runs, finished: tuple[np.ndarray, _Runs], stages: int) -> np.ndarray:
+def _transfers(queries: _Runs, keys: _Runs, finished: tuple[np.ndarray, _Runs], time: Time, devices: int) -> np.ndarray:
     alone, home = finished
     tables = []
-    for runs, what in ((queries, What.Q), (keys, What.KV)):
-        kind, lane = np.full_like(runs.part, what), np.full_like(runs.part, LANE)
-        # Inputs are there from the beginning, and have buffers of their own: a late sender would keep its servers waiting.
-        post = np.zeros_like(runs.part)
-        tables.append(np.stack([runs.owner, runs.server, runs.owner, runs.start, runs.stop, kind, lane, post, runs.part], 1))
-    kind, lane = np.where(alone, What.DONE, What.OUT), np.full_like(home.part, HOME_LANE)
-    end = np.full_like(home.part, stages + 2)  # nothing waits for results but the end
-    tables.append(np.stack([home.server, home.owner, home.owner, home.start, home.stop, kind, lane, home.part + 1, end], 1))
+
+    def hops_of(runs: _Runs, part: np.ndarray) -> Hops:
+        return relayed(Needs(*runs[:4], time.hops - 1 + part), time.hops, devices)
+
+    def add(hops: Hops, what: np.ndarray | int, lane: np.ndarray | int) -> None:
+        what, lane = (np.broadcast_to(x, hops.src.shape) for x in (what, lane))
+        tables.append(np.stack([*hops[:5], what, lane, hops.post, hops.need], 1))
+
+    for runs, kind in ((queries, What.Q), (keys, What.KV)):
+        hops = hops_of(runs, runs.part)
+        add(hops, kind, hops.lane)
+    for runs, kind in ((home.take(alone), What.DONE), (home.take(~alone), What.OUT)):
+        # The way home is that of inputs in a time that runs backwards, in which the last part is the first.
+        hops = hops_of(runs, time.parts + 1 - runs.part).mirrored(time.all)
+        add(hops, np.where(hops.dst == hops.owner, kind, What.OUT), HOME_LANE)
     table = np.concatenate(tables)
     # A rank serves those after it in turn, so that not all send to one at first.
     turn = (table[:, DST] - table[:, SRC]) % (table[:, [SRC, DST]].max(initial=0) + 1)

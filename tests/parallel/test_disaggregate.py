@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from distattn.kernels.reference import Reference
 from distattn.parallel import layout as layouts
 from distattn.parallel import mask as masks
+from distattn.parallel import relays
 from distattn.parallel.assign_cost import Cost
 from distattn.parallel.assignment import Assignment
 from distattn.parallel.layout import Layout
 from distattn.parallel.plan import DST, LANE, NEED, OWNER, POST, SRC, START, STOP, WHAT, Plan, What
 from distattn.parallel.program import compile_program
 from distattn.parallel.schedule import make_schedule
+from distattn.parallel.schedules import pace
 from distattn.parallel.schedules.disaggregate import disaggregate
 from distattn.parallel.shape import Shape
 from distattn.parallel.statistics import peak_buffer_rows, wasted_rows, work
@@ -30,6 +32,15 @@ from tests.parallel.plans import MASKS, make_layout, make_mask
 from tests.parallel.test_plan import dense_cover
 
 KEEPS = ("none", "all", "last")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_pieces():
+    """Parts and relays of few rows, so that small plans have them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for where, name, rows in ((pace, "TILE", 2), (pace, "PART_ROWS", 3), (relays, "LEAST", 2)):
+            patch.setattr(where, name, rows)
+        yield
 
 
 def random_assignment(layout: Layout, seed: int, longest: int = 9) -> Assignment:
@@ -54,7 +65,8 @@ def cases(draw):
     world, n, seed = draw(st.integers(1, 6)), draw(st.integers(0, 50)), draw(st.integers(0, 999))
     mask = make_mask(draw(st.sampled_from(MASKS)), n, seed)
     layout = make_layout(draw(st.sampled_from(["contiguous", "zigzag", "document_zigzag"])), mask, world, draw(st.booleans()))
-    return disaggregate(layout, mask, random_assignment(layout, seed), draw(st.integers(1, 3))), mask
+    stages, hops, cost = draw(st.integers(1, 3)), draw(st.integers(1, 3)), Cost(devices=draw(st.sampled_from([0, 2, 3])))
+    return disaggregate(layout, mask, random_assignment(layout, seed), stages, hops, cost), mask
 
 
 @settings(max_examples=30, deadline=None)
@@ -98,13 +110,13 @@ def test_a_stage_has_four_launches_at_most(case):
             assert len(kinds) == len(set(kinds)), "one buffer a kind, whoever owns its rows"
 
 
-def two_servers() -> tuple[Plan, Layout]:
+def two_servers(hops: int = 1) -> tuple[Plan, Layout]:
     """One document on rank 0 of three; rank 1 does its second quarter, ranks 1 and 2 share its last half by keys."""
     layout, mask = layouts.contiguous(96, 3), masks.documents([32, 32, 32])
     whole = (0, 96)
     rows = [(0, 0, 0, 8, *whole), (1, 0, 8, 16, *whole), (1, 0, 16, 32, 0, 16), (2, 0, 16, 32, 16, 96)]
     rows += [(1, 1, 0, 32, *whole), (2, 2, 0, 32, *whole)]
-    return disaggregate(layout, mask, Assignment(*np.array(rows).T), 1), layout
+    return disaggregate(layout, mask, Assignment(*np.array(rows).T), 1, hops), layout
 
 
 def test_rows_that_one_server_finishes_come_home_in_the_output_dtype():
@@ -123,7 +135,7 @@ def test_rows_that_one_server_finishes_come_home_in_the_output_dtype():
 def test_inputs_leave_at_once_and_results_are_awaited_at_the_end():
     """A rank that sends late keeps its servers waiting, and one that waits for results early does nothing meanwhile."""
     layout, mask = layouts.contiguous(240, 4), masks.documents([130, 30, 80])
-    plan = disaggregate(layout, mask, random_assignment(layout, 5), 3)
+    plan = disaggregate(layout, mask, random_assignment(layout, 5), 3, 1)
     for one in (plan, transpose(plan, "none")):
         t, inputs = one.transfers, (What.Q, What.KV, What.DOUT)
         there = np.isin(t[:, WHAT], inputs)
@@ -132,21 +144,48 @@ def test_inputs_leave_at_once_and_results_are_awaited_at_the_end():
         assert not np.isin(t[t[:, WHAT] == What.KV, LANE], t[~there, LANE]).any(), "results block no keys"
 
 
+def test_rows_of_several_servers_are_merged_on_the_way_and_come_home_finished():
+    """Ranks 1 and 2 each merge a half of what both worked on."""
+    plan, _ = two_servers(hops=2)
+    t = plan.transfers
+    home = t[t[:, WHAT] >= What.OUT][:, [SRC, DST, START, STOP, WHAT]].tolist()
+    assert sorted(home) == [
+        [1, 0, 8, 16, What.DONE],
+        [1, 0, 24, 32, What.DONE],
+        [1, 2, 16, 24, What.OUT],
+        [2, 0, 16, 24, What.DONE],
+        [2, 1, 24, 32, What.OUT],
+    ]
+    back = transpose(plan, "none").transfers
+    dout = back[back[:, WHAT] == What.DOUT][:, [SRC, DST, START, STOP]].tolist()
+    assert sorted(dout) == [[0, 1, 8, 16], [0, 1, 24, 32], [0, 2, 16, 24], [1, 2, 24, 32], [2, 1, 16, 24]], "each row once"
+
+
 def test_verify_names_rows_that_are_not_finished():
     plan, _ = two_servers()
     wrong = plan.transfers.copy()
     shared = (wrong[:, WHAT] == What.OUT) & (wrong[:, SRC] == 2)
     wrong[shared, WHAT] = What.DONE
-    with pytest.raises(PlanError, match=r"rows \[16, 32\) of rank 0 go home as finished, but ranks 1 and 2 both compute"):
+    with pytest.raises(PlanError, match=r"rows \[16, 32\) of rank 0 come home as finished, but rank 0 has another result"):
         verify(Plan(**{**plan.__dict__, "transfers": wrong}))
+    relayed, _ = two_servers(hops=2)
+    wrong = relayed.transfers.copy()
+    wrong[(wrong[:, WHAT] == What.OUT) & (wrong[:, SRC] == 2), WHAT] = What.DONE
+    with pytest.raises(PlanError, match="from rank 2 to rank 1 .*only their owner takes rows as finished"):
+        verify(Plan(**{**relayed.__dict__, "transfers": wrong}))
+    own = wrong = plan.transfers.copy()
+    own[(own[:, WHAT] == What.DONE), STOP] -= 1  # and the row that is left has nowhere to go
+    with pytest.raises(PlanError, match="never goes home"):
+        verify(Plan(**{**plan.__dict__, "transfers": own}))
 
 
+@pytest.mark.parametrize("hops", [1, 2])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, None)])
-def test_precision(dtype, tolerance):
+def test_precision(dtype, tolerance, hops):
     """float32 against float64; bf16 no worse than 1.05 times one device."""
     mask = masks.documents([300, 17, 1, 250, 72])
     layout = layouts.contiguous(640, 4)
-    plan = disaggregate(layout, mask, random_assignment(layout, 3, longest=90), 2)
+    plan = disaggregate(layout, mask, random_assignment(layout, 3, longest=90), 2, hops)
     problem = make_problem(mask, dtype, heads=(4, 2), d=32, d_v=32)
     want = exact(problem)
     found = on_threads(plan, transpose(plan, "none"), problem)
@@ -164,15 +203,24 @@ def test_precision(dtype, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("world", "servers", "heads", "stages"),
-    [(2, 0, (4, 4), 1), (3, 1, (4, 1), 2), (16, 0, (4, 2), 2), (16, 6, (2, 2), 1), (64, 0, (4, 1), 2), (64, 16, (2, 1), 3)],
+    ("world", "servers", "heads", "stages", "hops"),
+    [
+        (2, 0, (4, 4), 1, 1),
+        (3, 1, (4, 1), 2, 1),
+        (16, 0, (4, 2), 2, 2),
+        (16, 6, (2, 2), 1, 1),
+        (64, 0, (4, 1), 2, 1),
+        (64, 0, (2, 1), 4, 3),
+        (64, 16, (2, 1), 3, 2),
+    ],
 )
-def test_balanced_shares_on_many_ranks(world, servers, heads, stages):
+def test_balanced_shares_on_many_ranks(world, servers, heads, stages, hops):
     """What the planner makes of documents of 1 token to longer than a rank's; forward and backward with pieces of their own."""
     rows = max(96, 12 * (world - servers))
     lengths = [1, rows // 2, 1, rows // 8, 7, 1]
     mask = masks.documents([*lengths, rows - sum(lengths)])
-    strategy = Strategy("disaggregate", servers=servers, stages=stages, balance=Balance(Cost(), Cost(1, 4, 4), smallest=1))
+    balance = Balance(Cost(devices=4), Cost(1, 4, 4, devices=4), smallest=1)
+    strategy = Strategy("disaggregate", servers=servers, stages=stages, hops=hops, balance=balance)
     schedule = make_schedule(strategy, mask, world)
     plan, back = schedule.forward, schedule.backward()
     verify_schedule(schedule)
@@ -191,3 +239,5 @@ def test_striped_rows_are_refused():
         disaggregate(layout, mask, random_assignment(layout, 0))
     with pytest.raises(ValueError, match="stages = 0 parts"):
         disaggregate(layouts.contiguous(64, 4), mask, random_assignment(layouts.contiguous(64, 4), 0), 0)
+    with pytest.raises(ValueError, match="hops = 4. Pass a whole number of 1 to 3"):
+        disaggregate(layouts.contiguous(64, 4), mask, random_assignment(layouts.contiguous(64, 4), 0), hops=4)
