@@ -24,6 +24,7 @@ from distattn.parallel.layout import Layout
 from distattn.parallel.mask import documents
 from distattn.parallel.plan import STAGE, Plan, What
 from distattn.parallel.price import exchanges, slices_of
+from distattn.parallel.relays import IN_NODES, SHARED, STRAIGHT
 from distattn.parallel.schedule import Schedule
 from distattn.parallel.schedules import build_plan
 from distattn.parallel.simulate_layer import Call, Dense, simulate_layer
@@ -34,7 +35,7 @@ from distattn.parallel.workload import Exchange
 SLACK = 0.25  # of a group's share of tokens, that it may have above it
 EVEN = 0.02  # the same of two sequences side by side
 MEMORY_SHARE = 0.25  # of a device, for rows of other ranks
-PARTS_OF_GATHER, PARTS = 4, (1, 2, 4)
+PARTS_OF_GATHER, PARTS = 4, (1, 2, 4, 6)
 # Of documents with pairs of ranks: zigzag inside of documents takes minutes to plan with more, and is left out.
 MEETINGS = 1 << 20
 
@@ -68,6 +69,7 @@ class Way:
         head = f"ulysses {s.ulysses} x " if s.ulysses > 1 else ""
         head += "even " if s.balance is not None and not s.balance.forward.far_seconds else ""
         parts = f" in {s.stages}" if s.stages else ""
+        parts += ", relays" if s.hops and s.hops > STRAIGHT else ""
         packed = "" if self.slack is None else f", packed to {self.slack:.0%}"
         packed += ", nothing overlapped" if self.waits else ""
         halves = ", two side by side" if self.halves else ""
@@ -289,12 +291,16 @@ def published_rivals(survey: Survey) -> Iterator[Way]:
 
 
 def moving(survey: Survey) -> Iterator[Way]:
-    """Disaggregation over all ranks, alone and inside of Ulysses: as even as can be, or as predicted to be fastest."""
+    """Disaggregation over all ranks, alone and inside of Ulysses: as even as can be, or as predicted to be fastest.
+
+    Rows travel straight or are passed on by those that need them; each in several parts, or with two sequences side by side.
+    """
     cluster, tensor = survey.machines.cluster, survey.machines.tensor
     for u in (1,) if tensor > 1 else (1, cluster.devices):
-        shape = slices_of(survey.shape, u)[0]
-        even, fastest = Balance.of(shape), Balance.of(shape, cluster, max(1, cluster.devices // tensor // u))
+        shape, node = slices_of(survey.shape, u)[0], max(1, cluster.devices // tensor // u)
+        relays = IN_NODES if node > 1 else SHARED
         kind = "disaggregate" if u == 1 else "Ulysses, disaggregate"
-        for balance, (stages, halves) in product((even, fastest), ((1, True), *((parts, False) for parts in PARTS))):
-            strategy = Strategy("disaggregate", ulysses=u, stages=stages, balance=balance)
-            yield Way(kind, strategy, "contiguous", survey.ranks, None, halves=halves)
+        for balance, hops in product((Balance.of(shape), Balance.of(shape, cluster, node)), (STRAIGHT, relays)):
+            for stages, halves in ((1, True), *((parts, False) for parts in PARTS)):
+                strategy = Strategy("disaggregate", ulysses=u, stages=stages, hops=hops, balance=balance)
+                yield Way(kind, strategy, "contiguous", survey.ranks, None, halves=halves)
