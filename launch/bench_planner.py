@@ -7,7 +7,8 @@ python launch/bench_planner.py --heads 64:64            other heads; --window 40
 Documents are packed one after the other and cut where the ranks' tokens end; rank r holds the r-th run of them. Traffic counts,
 a token, 1 for each row of keys and values that a rank receives, once, and H / H_kv for each query row that is computed elsewhere,
 its way there and its output's back. Bytes are exact: bfloat16, but float32 for gradients and for results of rows that are split
-by keys.
+by keys. With relays, ranks that need the same rows pass them on to each other and merge results on the way home
+(parallel/relays.py): no more rows travel, but the owners of long documents send and get each of theirs once.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from distattn.parallel.assignment import Load
+    from distattn.parallel.plan import Plan
     from distattn.parallel.shape import Shape
 
 SETTINGS = "16x8k,64x8k,16x64k,64x64k,256x64k"
@@ -77,6 +79,8 @@ class Row:
     forward_mb: list[float] = field(default_factory=list)  # million bytes that a rank receives, mean over ranks
     backward_mb: list[float] = field(default_factory=list)
     busiest: list[float] = field(default_factory=list)  # bytes that the busiest rank receives in forward over the mean
+    relayed_mb: list[float] = field(default_factory=list)  # forward_mb where ranks that need the same rows pass them on
+    relayed: list[float] = field(default_factory=list)  # busiest, likewise
     smallest: list[int] = field(default_factory=list)
     plan_ms: list[float] = field(default_factory=list)
 
@@ -92,14 +96,16 @@ class Row:
             f"{mean:7.3f} {max(self.traffic):7.3f} {bound:7.3f} {mean / max(bound, 1e-9):6.2f}",
             f"{peers[0]:6.2f} {peers[1]:6.2f}" if peers else "     -      -",
             f"{statistics.mean(self.forward_mb):7.1f} {statistics.mean(self.backward_mb):7.1f}",
-            f"{statistics.mean(self.busiest):6.2f} {max(self.busiest):6.2f} {cut:5d} {statistics.median(self.plan_ms):7.2f}",
+            f"{statistics.mean(self.busiest):6.2f} {max(self.busiest):6.2f}",
+            f"{statistics.mean(self.relayed_mb):7.1f} {statistics.mean(self.relayed):6.2f} {max(self.relayed):6.2f}",
+            f"{cut:5d} {statistics.median(self.plan_ms):7.2f}",
         ]
         return " ".join(cells)
 
 
 HEADER = (
-    f"{'':18} load: largest over mean      units a token           bound         peers of   MB received  busiest, least    plan\n"
-    f"lengths    ranks    before    mean   worst    mean   worst   bound  ratio DistCA   Magi     fwd     bwd   mean  worst"
+    f"{'':18} load: largest over mean      units a token           bound         peers of   MB received  busiest         with relays:        least    plan\n"
+    f"lengths    ranks    before    mean   worst    mean   worst   bound  ratio DistCA   Magi     fwd     bwd   mean  worst MB fwd   mean  worst"
     "  rows      ms"
 )
 
@@ -218,6 +224,8 @@ def _measure(
     from distattn.parallel.cells import Cells, Groups
     from distattn.parallel.layout import contiguous
     from distattn.parallel.mask import documents
+    from distattn.parallel.relays import SHARED
+    from distattn.parallel.schedules.disaggregate import disaggregate
 
     tokens = setting.world * setting.tokens
     layout, mask = contiguous(tokens, setting.world), documents(lengths, window=asked.window or None)
@@ -239,6 +247,9 @@ def _measure(
     row.forward_mb.append(float(forward.mean() / 1e6))
     row.backward_mb.append(float(backward.mean() / 1e6))
     row.busiest.append(float(forward.max() / max(forward.mean(), 1e-9)))
+    shared = relayed_bytes(disaggregate(layout, mask, found, hops=SHARED, cost=cost), shape)
+    row.relayed_mb.append(float(shared.mean() / 1e6))
+    row.relayed.append(float(shared.max() / max(shared.mean(), 1e-9)))
     row.smallest.append(load.smallest)
     row.plan_ms.append(statistics.median(spent))
     if picture is not None:
@@ -265,6 +276,16 @@ def received_bytes(load: Load, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
     back = np.where(keys, size[What.DKV], size[What.DQ])
     backward = np.bincount(flow.dst, flow.rows * there, world) + np.bincount(flow.src, flow.rows * back, world)
     return forward, backward
+
+
+def relayed_bytes(plan: Plan, shape: Shape) -> np.ndarray:
+    """Bytes that each rank receives in a plan; float64 [world]. Rows that others merged come home in the output dtype."""
+    import numpy as np
+
+    from distattn.parallel.plan import DST, START, STOP, WHAT, What
+
+    t, size = plan.transfers, np.array([shape.row_bytes(what) for what in What])
+    return np.bincount(t[:, DST], weights=(t[:, STOP] - t[:, START]) * size[t[:, WHAT]], minlength=plan.world)
 
 
 def _draw(before: np.ndarray, after: np.ndarray, path: Path, title: str) -> None:

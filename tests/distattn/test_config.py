@@ -55,6 +55,7 @@ def test_the_file_is_read_and_words_come_after_it(file: Path) -> None:
         ("parallel.speeds=[1,2]", "of use to disaggregate only: zigzag gives ranks their work whatever their speed"),
         ("data.workers=2", "must be 1, or 0"),
         ("parallel.stages=2", "stages is an option of gather, disaggregate; zigzag has none. Leave it out."),
+        ("parallel.hops=2", "hops is an option of disaggregate; zigzag has none. Leave it out."),
         ("parallel.in_flight=2", "in_flight is an option of tree; zigzag has none"),
         ("parallel.layout=striped", "ask for schedule 'ring'"),
         ("parallel.backend=tritn", "Did you mean 'triton'"),

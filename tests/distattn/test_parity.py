@@ -89,20 +89,26 @@ def test_heads_traded_for_tokens_are_one_device(folder: Path, alone, gloo: Pool,
             assert_equal(found, alone["float64"], TOLERANCE["float64"])
 
 
+def run_name(changes: Changes) -> str:
+    """A folder of its own for each run, or it would go on from another's checkpoint."""
+    return changes["parallel__schedule"] + "-relays" * ("parallel__hops" in changes)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"parallel__schedule": "double_ring", "parallel__node_devices": 2},
         {"parallel__schedule": "disaggregate", "parallel__smallest": 8, "parallel__speeds": [1, 1, 0.5, 1]},
+        {"parallel__schedule": "disaggregate", "parallel__smallest": 8, "parallel__hops": 2},
         pytest.param({"parallel__schedule": "gather", "parallel__stages": 2}, marks=pytest.mark.slow),
         pytest.param({"parallel__schedule": "tree", "parallel__node_devices": 2}, marks=pytest.mark.slow),
         pytest.param({"parallel__schedule": "zigzag", "parallel__rotate": "q"}, marks=pytest.mark.slow),
         pytest.param({"parallel__schedule": "auto", "parallel__cluster": "l40s"}, marks=pytest.mark.slow),
     ],
-    ids=lambda changes: changes["parallel__schedule"],
+    ids=lambda changes: run_name(changes),
 )
 def test_every_schedule_is_one_device(folder: Path, alone, gloo: Pool, changes: Changes) -> None:
-    runs = {changes["parallel__schedule"]: {**changes, "model__dtype": "float64"}}
+    runs = {run_name(changes): {**changes, "model__dtype": "float64"}}
     for rank in gloo(4).run(losses_of_rank, str(folder), runs, timeout=400):
         for found in rank.values():
             assert_equal(found, alone["float64"], TOLERANCE["float64"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from distattn.attention import ContextParallel
+from distattn.parallel.assign_cost import Cost
 from distattn.parallel.comm_threads import run_ranks
 from distattn.parallel.mask import Mask
 from distattn.parallel.strategy import Balance, Strategy
@@ -42,6 +43,8 @@ STRATEGIES = (
     Strategy("disaggregate", layout="zigzag", stages=3, keep="all", balance=Balance(smallest=4)),
     Strategy("disaggregate", stages=1, servers=1, balance=Balance(smallest=1)),
     Strategy("disaggregate", ulysses=2, balance=Balance(smallest=4)),
+    Strategy("disaggregate", hops=2, servers=1, balance=Balance(smallest=1)),
+    Strategy("disaggregate", hops=3, stages=4, balance=Balance(Cost(devices=2), Cost(devices=2), smallest=4)),
 )
 
 Case = tuple[Strategy, str, tuple[int, int]]

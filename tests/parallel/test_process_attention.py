@@ -31,6 +31,7 @@ STRATEGIES = (
     Strategy("gather", layout="zigzag", ulysses=2),
     Strategy("disaggregate", balance=Balance(smallest=2)),
     Strategy("disaggregate", stages=1, keep="all", servers=1, balance=Balance(smallest=1)),
+    Strategy("disaggregate", hops=2, balance=Balance(smallest=1)),
 )
 
 Errors = dict[str, dict[str, float]]
