@@ -31,7 +31,7 @@ from distattn.parallel.strips import RowStrip, Strip
 # tolerance is used: other shares have other cuts.
 ATTEMPTS = ((512, 1.0), (256, 1.0), (128, 1.0), (512, 0.9), (256, 0.8), (512, 0.7), (256, 0.6), (512, 0.5), (256, 0.3))
 ONE = 1 << 20  # speeds and tolerances are fractions of it
-LADDER = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # tolerances among which the least predicted time is sought
+LADDER = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # tolerances among which the least predicted time is sought
 
 
 def assign(

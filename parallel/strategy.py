@@ -21,7 +21,7 @@ class Balance:
     Args:
         forward, backward: what rows weigh in each pass; the backward plan is made for its own.
         tolerance: the most that a rank may have above its share, as a part of it; what cannot be reached is refused. None: the
-            least from 0.02 on that can be, or where the costs know links the one with the least predicted time.
+            least from 0.01 on that can be, or where the costs know links the one with the least predicted time.
         receive_rows: rows of queries and keys that a rank may receive (buffers hold the results of foreign queries besides);
             None: as many as it takes.
         smallest: query rows of a piece that leaves its rank, unless its document is shorter.
