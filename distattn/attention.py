@@ -20,7 +20,7 @@ from distattn.kernels.timed import Stopwatch
 from distattn.ops import HANDLES, Kernels, PoolSession, Session
 from distattn.ops import attention as attention_op
 from distattn.parallel.auto import Auto
-from distattn.parallel.comm import Communicator, SoloCommunicator
+from distattn.parallel.comm import LANES, Communicator, SoloCommunicator
 from distattn.parallel.comm_group import GroupView
 from distattn.parallel.executor import Executor
 from distattn.parallel.head_split import too_few_heads
@@ -86,7 +86,9 @@ class ContextParallel:
         pad_to_equal: give every rank the same number of rows; padding rows are hidden by the mask.
         timeout: seconds after which a peer that does not answer is an error.
         cached_plans: plans that stay ready, by mask.
-        communicator: a ready connection instead of ``group`` (ranks as threads, say).
+        slots: calls of :meth:`begin_attention` that have connections of their own, so that neither waits for what another sends;
+            more calls in progress than that share them.
+        communicator: a ready connection instead of ``group`` (ranks as threads, say), with the connections that it has.
         timed: count the seconds and the work of this rank's kernels, in ``stopwatch``.
         servers: attention servers (``distattn-serve-attention``) to wait for; they may join, leave and die at any time later.
             Needs a schedule that takes servers; they keep nothing, so ``keep`` is "none".
@@ -109,6 +111,7 @@ class ContextParallel:
         pad_to_equal: bool = False,
         timeout: float = 600.0,
         cached_plans: int = 32,
+        slots: int = 1,
         communicator: Communicator | None = None,
         timed: bool = False,
         servers: int = 0,
@@ -123,6 +126,8 @@ class ContextParallel:
             raise ValueError(f"home must be a floating-point dtype, such as torch.bfloat16, or None for float32. Found {home!r}.")
         if cached_plans < 1:
             raise ValueError(f"cached_plans must be 1 or more: the plan in use is one of them. Found {cached_plans}.")
+        if slots < 1:
+            raise ValueError(f"slots must be 1 or more: a call of attention needs one. Found {slots}.")
         if group is not None and communicator is not None:
             raise ValueError("A group and a communicator were given. Pass one of them: a communicator brings its own ranks.")
         if schedule == "auto":
@@ -139,7 +144,7 @@ class ContextParallel:
             )
         if not isinstance(strategy, Auto):
             checked_strategy(strategy, communicator.world if communicator else _size(group))
-        self.communicator = communicator or _communicator(group, timeout)
+        self.communicator = communicator or _communicator(group, timeout, slots * LANES)
         self.pool: Pool | None = None
         if servers or pool_store is not None:
             strategy = _with_pool(strategy, servers)
@@ -291,7 +296,7 @@ class ContextParallel:
 
         Args:
             slot: calls that are in progress together have different ones. Each has a workspace of its own, so that the memory for
-                what arrives is that of :meth:`attention` times the slots used.
+                what arrives is that of :meth:`attention` times the slots used; pass ``slots`` to the constructor for connections.
 
         Raises:
             RuntimeError: another call is in progress in this slot.
@@ -366,16 +371,16 @@ def _size(group: dist.ProcessGroup | DeviceMesh | None) -> int:
     return group.size()
 
 
-def _communicator(group: dist.ProcessGroup | DeviceMesh | None, timeout: float) -> Communicator:
+def _communicator(group: dist.ProcessGroup | DeviceMesh | None, timeout: float, lanes: int) -> Communicator:
     if group is None:
-        return SoloCommunicator(timeout=timeout)
+        return SoloCommunicator(lanes, timeout)
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(f"Need a mesh of one dimension, such as mesh['cp']. Found {group}.")
         group = group.get_group()
     from distattn.parallel.comm_process import ProcessCommunicator
 
-    return ProcessCommunicator(group, timeout=timeout)
+    return ProcessCommunicator(group, lanes, timeout)
 
 
 def _with_pool(strategy: Strategy | Auto, servers: int) -> Strategy:

@@ -62,13 +62,13 @@ def forward_steps(
     exchange = _exchange(session, shape, scores, sinks is not None)
     executor, everyone = session.executor, _group(session).parent
     call = executor.next_call()
-    arrived = yield from exchange.send_inputs(everyone, q, k, v, call)
+    arrived = yield from exchange.send_inputs(everyone, q, k, v, call, slot)
     inner = exchange.inputs(arrived)
     program, _ = _programs(session, exchange, scores, sinks is not None)
     part = None if sinks is None else sinks[exchange.mine.start : exchange.mine.stop]
     backend = session.kernels(*inner, scores)
     out, lse, kept = yield from inside(executor.forward_steps(program, backend, *inner, scores, part, slot))
-    rows = yield from exchange.return_outputs(everyone, out, lse, call)
+    rows = yield from exchange.return_outputs(everyone, out, lse, call, slot)
     return *rows, kept, arrived, lse.reshape(-1)
 
 
@@ -92,13 +92,13 @@ def backward_steps(
     executor, everyone = session.executor, _group(session).parent
     call = executor.next_call()
     # delta needs a row's out, which its owner has; the slice needs neither out nor the gradient of lse.
-    dout, delta = yield from exchange.send_upstream(everyone, *upstream(dout, dlse, out), call)
+    dout, delta = yield from exchange.send_upstream(everyone, *upstream(dout, dlse, out), call, slot)
     inner = exchange.inputs(arrived)
     lse = lse.view(exchange.inner_rows, exchange.mine.heads)
     _, program = _programs(session, exchange, scores, sinks is not None)
     backend = session.kernels(*inner, scores)
     sums = yield from inside(executor.backward_steps(program, backend, dout, *inner, delta, lse, kept, scores, slot))
-    gradients = yield from exchange.return_gradients(everyone, *sums, call)
+    gradients = yield from exchange.return_gradients(everyone, *sums, call, slot)
     if sinks is None:
         return *gradients, out.new_empty(0)
     dsinks, mine = torch.zeros_like(sinks), slice(exchange.mine.start, exchange.mine.stop)

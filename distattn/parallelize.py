@@ -80,7 +80,7 @@ def context_parallel(config: Config, world: World) -> ContextParallel:
         if parallel.schedule == "disaggregate":
             schedule = replace(schedule, balance=balance_of(config, world))
     options: dict[str, Any] = {"backend": parallel.backend or None, "timeout": parallel.timeout}
-    options["timed"] = parallel.speeds == "measure"
+    options.update(timed=parallel.speeds == "measure", slots=parallel.nano_batches)
     if parallel.servers:
         if world.device.type != "cpu":
             raise ValueError(

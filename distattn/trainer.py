@@ -70,8 +70,7 @@ class Trainer:
         train, every = self.config.train, self.config.checkpoint.every
         if self.step >= train.steps:
             self.say(f"{self.out} already holds a run of {self.step} steps. Set another out= to train a new one.")
-        self.ahead = self._jobs()
-        self._ask_next()
+        self.begin()
         held_out_loss = None
         while self.step < train.steps:
             loss, norm = self.take_step()
@@ -86,8 +85,16 @@ class Trainer:
                     self._save()
         return self._finish(held_out_loss)
 
+    def begin(self) -> None:
+        """Asks for the sequences of the first step; each step asks for those of the next."""
+        self.ahead = self._jobs()
+        self._ask_next()
+
     def take_step(self) -> tuple[Tensor, Tensor]:
-        """One optimizer step. Returns the loss (mean over all labels of the step) and the norm of the gradient."""
+        """One optimizer step, after :meth:`begin`.
+
+        Returns the loss (mean over all labels of the step) and the norm of the gradient.
+        """
         train, world = self.config.train, self.world
         job = self._training_job(self.next_sequence)
         labels, sequences = self._open(job)

@@ -17,24 +17,34 @@ class Busy(NamedTuple):
     """What launches took, and what they computed."""
 
     nanoseconds: int
+    """of the processor: on the CPU those in which the calling thread ran, whatever else took its core in between"""
     work: int
     """multiplications and additions of the visible pairs"""
+    elapsed: int
+    """nanoseconds from the beginnings of launches to their ends"""
+
+
+class Started(NamedTuple):
+    """When a launch on the CPU began, by both clocks."""
+
+    thread: int
+    clock: int
 
 
 class Stopwatch:
-    """The launches of one rank. On the CPU a launch ends when it returns; on a GPU it lies between two events of its stream."""
+    """The launches of one rank. On the CPU a launch ends when it returns, in the thread that began it; on a GPU it lies between
+    two events of its stream."""
 
     def __init__(self) -> None:
-        self._nanoseconds, self._work = 0, 0
+        self._sum = Busy(0, 0, 0)
         self._under_way: deque[tuple[torch.cuda.Event, torch.cuda.Event, int]] = deque()
 
-    def start(self, device: torch.device) -> int | torch.cuda.Event:
-        return _recorded() if device.type == "cuda" else time.perf_counter_ns()
+    def start(self, device: torch.device) -> Started | torch.cuda.Event:
+        return _recorded() if device.type == "cuda" else Started(time.thread_time_ns(), time.perf_counter_ns())
 
-    def stop(self, started: int | torch.cuda.Event, work: int) -> None:
-        if isinstance(started, int):
-            self._nanoseconds += time.perf_counter_ns() - started
-            self._work += work
+    def stop(self, started: Started | torch.cuda.Event, work: int) -> None:
+        if isinstance(started, Started):
+            self._add(time.thread_time_ns() - started.thread, work, time.perf_counter_ns() - started.clock)
         else:
             self._under_way.append((started, _recorded(), work))
 
@@ -42,11 +52,14 @@ class Stopwatch:
         """The launches that have ended since the last time; those still under way on a GPU count next time."""
         while self._under_way and self._under_way[0][1].query():
             begin, end, work = self._under_way.popleft()
-            self._nanoseconds += round(begin.elapsed_time(end) * 1e6)
-            self._work += work
-        taken = Busy(self._nanoseconds, self._work)
-        self._nanoseconds, self._work = 0, 0
+            nanoseconds = round(begin.elapsed_time(end) * 1e6)
+            self._add(nanoseconds, work, nanoseconds)
+        taken, self._sum = self._sum, Busy(0, 0, 0)
         return taken
+
+    def _add(self, nanoseconds: int, work: int, elapsed: int) -> None:
+        done = self._sum
+        self._sum = Busy(done.nanoseconds + nanoseconds, done.work + work, done.elapsed + elapsed)
 
 
 def _recorded() -> torch.cuda.Event:

@@ -3,9 +3,11 @@
 Measured are ranks of one thread on the CPU, which this program starts: python launch/bench_nano_batches.py needs no torchrun.
 Each holds the whole model; a step is forward and backward of two packed sequences, without the optimizer. Both ways take turns in
 one run. gloo moves messages on the cores that compute; --wire-gb-s emulates a link beside them: a batch is complete no sooner
-than its bytes would have gone through a wire of that speed, one batch of a lane after the other. Use an otherwise idle machine.
+than its bytes would have gone through a wire of that speed, one batch after the other; lanes of one kind share it. Use an
+otherwise idle machine.
 
---price CLUSTER simulates a layer of Llama-8B on a described cluster instead (h200, h100, a100, l40s or a file).
+--price CLUSTER simulates a layer of Llama-8B on a described cluster instead (h200, h100, a100, l40s or a file), and what side by
+side would take on lanes that both sequences share.
 """
 
 from __future__ import annotations
@@ -46,7 +48,12 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         "bench_nano_batches.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--schedules", nargs="+", default=["zigzag", "gather", "tree"], help="default: zigzag gather tree")
+    made.add_argument(
+        "--schedules",
+        nargs="+",
+        default=["zigzag", "gather", "tree", "disaggregate"],
+        help="default: zigzag gather tree disaggregate",
+    )
     made.add_argument("--tokens", type=int, metavar="N", help="of each sequence (default: 2048; 524288 with --price)")
     made.add_argument("--ranks", type=int, metavar="P", help="ranks that share a sequence (default: 2; 64 with --price)")
     made.add_argument("--dim", type=int, default=256, help="of the model; heads are 64 wide, two to a key head (default: 256)")
@@ -130,9 +137,11 @@ class Wire:
     """A communicator that counts seconds in waits, and may emulate a slower link than it has."""
 
     def __init__(self, communicator: Communicator, gb_s: float):
-        self.inner, self.gb_s = communicator, gb_s
+        from distattn.parallel.comm import LANES
+
+        self.inner, self.gb_s, self.kinds = communicator, gb_s, LANES
         self.waiting = 0.0
-        self.free: dict[int, float] = defaultdict(float)  # when what a lane carries is through
+        self.free: dict[int, float] = defaultdict(float)  # when what lanes of a kind carry is through
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -141,8 +150,9 @@ class Wire:
         pending = self.inner.post(lane, sends, receives, awaited)
         size = max(sum(tensor.numel() for _, tensor in side) for side in (sends, receives))  # both directions at once
         seconds = size / (self.gb_s * 1e9) if self.gb_s else 0.0
-        self.free[lane] = max(self.free[lane], time.perf_counter()) + seconds
-        return _Arriving(self, pending, self.free[lane])
+        kind = lane % self.kinds  # each sequence has lanes of its own, but the link is one
+        self.free[kind] = max(self.free[kind], time.perf_counter()) + seconds
+        return _Arriving(self, pending, self.free[kind])
 
 
 @dataclasses.dataclass
@@ -166,7 +176,7 @@ def run_rank(rank: int, asked: argparse.Namespace, folder: str) -> None:
 
     from distattn.launch.bench_processes import connected
 
-    with connected(rank, asked.ranks, Path(folder), asked.timeout) as communicator:
+    with connected(rank, asked.ranks, Path(folder), asked.timeout, slots=2) as communicator:
         torch.manual_seed(asked.seed)
         wire = Wire(communicator, asked.wire_gb_s)
         work = {(s, way): step for s in asked.schedules for way, step in zip(WAYS, make_steps(asked, wire, s), strict=True)}
@@ -237,6 +247,8 @@ class Priced(NamedTuple):
     schedule: str
     alone: float
     beside: float
+    beside_shared: float
+    """side by side on the same lanes: neither's messages overtake the other's"""
     exposed_alone: float
     exposed_beside: float
     dense: float
@@ -266,13 +278,14 @@ def price_layers(asked: argparse.Namespace) -> list[Priced]:
         made = [make_schedule(name, documents(some), asked.ranks) for some in lengths(asked)]
         calls = [[s.forward] for s in made], [[s.backward(s.rotation(shape))] for s in made]
         alone, beside = (simulate_layer(*calls, [shape], cluster, dense, way) for way in (False, True))
+        shared = simulate_layer(*calls, [shape], cluster, dense, side_by_side=True, slots=1)
         exposed = [sum(float(p.exposed.max()) for p in times.passes) for times in (alone, beside)]
         both = 2 * (dense.before + dense.after + dense.before_backward + dense.after_backward)
-        row = Priced(name, alone.seconds, beside.seconds, exposed[0], exposed[1], both)
+        row = Priced(name, alone.seconds, beside.seconds, shared.seconds, exposed[0], exposed[1], both)
         print(
             f"  {name:12} {row.alone * 1e3:8.2f} one after the other, {row.beside * 1e3:8.2f} side by side "
-            f"({row.alone / row.beside:.3f} times as fast); exposed at most {row.exposed_alone * 1e3:.2f} and "
-            f"{row.exposed_beside * 1e3:.2f}; dense {both * 1e3:.2f}",
+            f"({row.alone / row.beside:.3f} times as fast), {row.beside_shared * 1e3:.2f} on shared lanes; "
+            f"exposed at most {row.exposed_alone * 1e3:.2f} and {row.exposed_beside * 1e3:.2f}; dense {both * 1e3:.2f}",
             flush=True,
         )
         found.append(row)

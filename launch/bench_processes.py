@@ -40,18 +40,19 @@ def check_asked(asked: dict[str, Any], counts: tuple[str, ...], path: Path | Non
 
 
 @contextmanager
-def connected(rank: int, ranks: int, folder: Path, timeout: float) -> Iterator[ProcessCommunicator]:
-    """This process as one rank of ``ranks``, which meet in ``folder``; ``timeout`` in seconds."""
+def connected(rank: int, ranks: int, folder: Path, timeout: float, slots: int = 1) -> Iterator[ProcessCommunicator]:
+    """This process as one rank of ``ranks``, which meet in ``folder``; ``timeout`` in seconds, ``slots`` with their own lanes."""
     import torch
     import torch.distributed as dist
 
+    from distattn.parallel.comm import LANES
     from distattn.parallel.comm_process import ProcessCommunicator
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), ranks)
     dist.init_process_group("gloo", store=store, timeout=timedelta(seconds=timeout), world_size=ranks, rank=rank)
-    communicator = ProcessCommunicator(timeout=timeout)
+    communicator = ProcessCommunicator(lanes=slots * LANES, timeout=timeout)
     yield communicator
     communicator.close()
     dist.destroy_process_group()

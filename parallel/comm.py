@@ -17,10 +17,23 @@ Rules that all carriers share, and that the strict one enforces:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
+
+L = TypeVar("L", int, np.ndarray)
+LANES = 4  # that a call of attention uses; plan.py says what for
+
+
+def lane_of(lanes: int, lane: L, slot: int) -> L:
+    """Where a carrier of so many lanes carries what a call in a slot sends on one of its ``LANES``.
+
+    Calls that are in progress side by side have lanes of their own, so that neither's messages wait for those of the other. Where
+    the carrier has too few, slots share them and their messages travel in the order of the posts. A lane, or int64 of many.
+    """
+    return lane + slot % max(1, lanes // LANES) * LANES
 
 
 class Awaited(NamedTuple):
@@ -142,7 +155,7 @@ class SoloCommunicator:
     rank = 0
     world = 1
 
-    def __init__(self, lanes: int = 4, timeout: float = 600.0) -> None:
+    def __init__(self, lanes: int = LANES, timeout: float = 600.0) -> None:
         self.lanes = lanes
         self.timeout = timeout
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distattn.parallel.comm import Awaited, Done, PeerError, Pending, assert_batch
+from distattn.parallel.comm import LANES, Awaited, Done, PeerError, Pending, assert_batch
 
 SETUP_SECONDS = 300.0  # ranks reach the construction minutes apart: one may still load data or compile
 FRAME = 56  # payloads of at most this many bytes are gathered in one exchange, with their sizes
@@ -65,7 +65,7 @@ class GlooCommunicator:
         rank: int,
         world: int,
         watch: Witness,
-        lanes: int = 4,
+        lanes: int = LANES,
         timeout: float = 600.0,
         setup_seconds: float = SETUP_SECONDS,
         members: Sequence[int] | None = None,

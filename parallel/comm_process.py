@@ -20,7 +20,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from distattn.parallel.comm import Awaited, Done, Pending
+from distattn.parallel.comm import LANES, Awaited, Done, Pending
 from distattn.parallel.comm_gloo import GlooCommunicator, Messages, Witness
 from distattn.parallel.watch import Watch, complain, open_store
 
@@ -44,7 +44,7 @@ class ProcessCommunicator(GlooCommunicator):
         PeerError: a peer does not take part in the construction.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, lanes: int = 4, timeout: float = 600.0) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, lanes: int = LANES, timeout: float = 600.0) -> None:
         if not dist.is_initialized():
             raise ValueError(
                 "A communicator between processes needs torch.distributed, which is not initialised. "

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distattn.parallel.comm import Awaited, PeerError, Pending, assert_batch
+from distattn.parallel.comm import LANES, Awaited, PeerError, Pending, assert_batch
 
 # As bytes: 235 in float16 and 6.2e16 in bfloat16 and float32. Large enough to be seen in any result, small enough that a dot
 # product of garbage stays finite, which is all that kernels promise to bear in rows that they mask.
@@ -379,7 +379,7 @@ def run_ranks(
     world: int,
     fn: Callable[[ThreadCommunicator], Any],
     timeout: float = 60.0,
-    lanes: int = 4,
+    lanes: int = LANES,
     gate: Gate | None = None,
     device: torch.device | str = "cpu",
 ) -> list[Any]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distattn.parallel.comm import Awaited, Communicator
+from distattn.parallel.comm import Awaited, Communicator, lane_of
 from distattn.parallel.head_split import HeadSlice, HeadSplit, Parts, inner_shape, row_parts
 from distattn.parallel.shape import ALIGNMENT, Shape
 from distattn.parallel.steps import Steps
@@ -86,37 +86,41 @@ class HeadExchange:
         """Shape of each slice's attention."""
         return [inner_shape(self.shape, piece) for piece in self.split.slices]
 
-    def send_inputs(self, communicator: Communicator, q: Tensor, k: Tensor, v: Tensor, call: int) -> Steps[Tensor]:
+    def send_inputs(self, communicator: Communicator, q: Tensor, k: Tensor, v: Tensor, call: int, slot: int = 0) -> Steps[Tensor]:
         """q, k, v [T, H, D] of this rank's rows in, bytes of all rows and this slice's heads out; see :meth:`inputs`."""
         awaited = Awaited("forward", 0, 0, "head exchange: q, k and v", call)
         tensors = lambda piece: [_q(q, piece), _kv(k, piece), _kv(v, piece)]  # noqa: E731
-        return (yield from self._to_slices(communicator, self._inputs, tensors, awaited))
+        return (yield from self._to_slices(communicator, self._inputs, tensors, awaited, slot))
 
     def inputs(self, arrived: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v of this slice, [inner rows, heads, D]: views of what arrived, but for key heads that must be repeated."""
         q, k, v = self._inputs[self.part].views(arrived)
         return q, _repeated(k, self.mine.copies), _repeated(v, self.mine.copies)
 
-    def return_outputs(self, communicator: Communicator, out: Tensor, lse: Tensor, call: int) -> Steps[tuple[Tensor, Tensor]]:
+    def return_outputs(
+        self, communicator: Communicator, out: Tensor, lse: Tensor, call: int, slot: int = 0
+    ) -> Steps[tuple[Tensor, Tensor]]:
         """This slice's out and lse of all rows in; this rank's rows with all heads out, [T, H, D_v] and [T, H]."""
         awaited = Awaited("forward", 0, 0, "head exchange: out and lse", call)
         whole = out.new_empty(self.rows, self.shape.heads, self.shape.d_v), lse.new_empty(self.rows, self.shape.heads)
-        came = yield from self._to_rows(communicator, self._outputs, [out, lse], awaited)
+        came = yield from self._to_rows(communicator, self._outputs, [out, lse], awaited, slot)
         for piece, parts in zip(self.split.slices, came, strict=True):
             for target, source in zip(whole, parts, strict=True):
                 _q(target, piece).copy_(source)
         return whole
 
-    def send_upstream(self, communicator: Communicator, dout: Tensor, delta: Tensor, call: int) -> Steps[tuple[Tensor, Tensor]]:
+    def send_upstream(
+        self, communicator: Communicator, dout: Tensor, delta: Tensor, call: int, slot: int = 0
+    ) -> Steps[tuple[Tensor, Tensor]]:
         """The gradient of out and delta of this rank's rows in; those of all rows and this slice's heads out."""
         awaited = Awaited("backward", 0, 0, "head exchange: dout and delta", call)
         tensors = lambda piece: [_q(dout, piece), _q(delta, piece)]  # noqa: E731
-        arrived = yield from self._to_slices(communicator, self._upstream, tensors, awaited)
+        arrived = yield from self._to_slices(communicator, self._upstream, tensors, awaited, slot)
         dout, delta = self._upstream[self.part].views(arrived)
         return dout, delta.contiguous()
 
     def return_gradients(
-        self, communicator: Communicator, dq: Tensor, dk: Tensor, dv: Tensor, call: int
+        self, communicator: Communicator, dq: Tensor, dk: Tensor, dv: Tensor, call: int, slot: int = 0
     ) -> Steps[tuple[Tensor, Tensor, Tensor]]:
         """This slice's gradients of all rows in, in the dtype of sums; those of this rank's rows out, in the inputs' dtype.
 
@@ -124,7 +128,7 @@ class HeadExchange:
         """
         awaited = Awaited("backward", 0, 0, "head exchange: dq, dk and dv", call)
         given = [dq, _summed(dk, self.mine.copies), _summed(dv, self.mine.copies)]
-        came = yield from self._to_rows(communicator, self._gradients, given, awaited)
+        came = yield from self._to_rows(communicator, self._gradients, given, awaited, slot)
         shape, dtype = self.shape, self.shape.dtype
         whole_q = dq.new_empty(self.rows, shape.heads, shape.d, dtype=dtype)
         make = dk.new_zeros if self.split.replicated else dk.new_empty
@@ -143,6 +147,7 @@ class HeadExchange:
         formats: list[RowFormat],
         tensors: Callable[[HeadSlice], list[Tensor]],
         awaited: Awaited,
+        slot: int,
     ) -> Steps[Tensor]:
         """Sends every slice its heads of this rank's rows; returns the bytes of all rows of this rank's slice."""
         device = tensors(self.mine)[0].device
@@ -154,11 +159,11 @@ class HeadExchange:
         for i, memory in given.items():
             for target, source in zip(formats[i].views(memory), tensors(self.split.slices[i]), strict=True):
                 target.copy_(source)
-        yield from self._exchange(communicator, given, dict(enumerate(places)), awaited, home=False)
+        yield from self._exchange(communicator, given, dict(enumerate(places)), awaited, slot, home=False)
         return arrived
 
     def _to_rows(
-        self, communicator: Communicator, formats: list[RowFormat], tensors: list[Tensor], awaited: Awaited
+        self, communicator: Communicator, formats: list[RowFormat], tensors: list[Tensor], awaited: Awaited, slot: int
     ) -> Steps[list[list[Tensor]]]:
         """Sends every rank its rows of this slice; returns this rank's rows of every slice."""
         mine = formats[self.part]
@@ -168,7 +173,7 @@ class HeadExchange:
         given = dict(enumerate(self._places(packed, mine)))
         came = {i: torch.empty(self.rows * formats[i].size, dtype=torch.uint8, device=packed.device) for i in self._others}
         came[self.part] = given[self.part]
-        yield from self._exchange(communicator, given, came, awaited, home=True)
+        yield from self._exchange(communicator, given, came, awaited, slot, home=True)
         return [row_format.views(came[i]) for i, row_format in enumerate(formats)]
 
     def _places(self, memory: Tensor, row_format: RowFormat) -> list[Tensor]:
@@ -177,7 +182,13 @@ class HeadExchange:
         return [memory[a:b] for a, b in zip(borders, borders[1:], strict=False)]
 
     def _exchange(
-        self, communicator: Communicator, given: dict[int, Tensor], came: dict[int, Tensor], awaited: Awaited, home: bool
+        self,
+        communicator: Communicator,
+        given: dict[int, Tensor],
+        came: dict[int, Tensor],
+        awaited: Awaited,
+        slot: int,
+        home: bool,
     ) -> Steps[None]:
         """One batch with the other ranks of the group. Ranks without rows neither get nor give."""
         first = communicator.rank - self.part
@@ -185,7 +196,7 @@ class HeadExchange:
         receives = [(first + i, came[i]) for i in reversed(self._others) if came[i].numel()]
         try:
             communicator.report(awaited)
-            pending = communicator.post(LANE, sends, receives, awaited)
+            pending = communicator.post(lane_of(communicator.lanes, LANE, slot), sends, receives, awaited)
             yield home
             communicator.report(awaited)
             pending.wait()

@@ -4,7 +4,8 @@ At every boundary it awaits what the next stage needs, posts what may travel whi
 stage's kernels. It knows nothing of schedules; tests withhold messages to show that it never waits early.
 
 A pass can be taken in three steps (``steps.py``), with other work between them: several passes are then in flight, each in a
-slot with a workspace of its own. Ranks take the steps of all passes in one order, which orders the messages of every lane.
+slot with a workspace and, where the communicator has enough, lanes of its own. Ranks take the steps of all passes in one order,
+so that what two of them send each other is posted in one order on both.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from distattn.kernels.contract import Backend, Scores, State, empty_state
 from distattn.kernels.merge import merge_into
-from distattn.parallel.comm import Awaited, Communicator, Pending
+from distattn.parallel.comm import Awaited, Communicator, Pending, lane_of
 from distattn.parallel.plan import What
 from distattn.parallel.program import Batch, Buffer, Item, Launch, Message, Place, Program
 from distattn.parallel.steps import InProgress, Steps, gives_turn, run
@@ -83,7 +84,7 @@ class Executor:
         Args:
             q, k, v: this rank's rows, [T, H_q, D], [T, H_kv, D], [T, H_kv, D_v].
             sinks: [H_q], entered once as the initial state.
-            slot: whose workspace; passes that are in flight together have different ones.
+            slot: whose workspace and lanes; passes that are in flight together have different ones.
 
         Returns:
             out [T, H_q, D_v] in q's dtype, lse [T, H_q] in the accumulate dtype, and the kept bytes for :meth:`backward`.
@@ -180,7 +181,7 @@ class Executor:
         call = self.next_call()
         try:
             bound = self._bind(program, device, kept, slot)
-            yield from self._pass(program, bound, own, compute, call)
+            yield from self._pass(program, bound, own, compute, call, slot)
             bound.forget(program)
         except GeneratorExit:  # dropped half-way, by whoever failed between the steps
             raise
@@ -195,6 +196,7 @@ class Executor:
         own: Callable[[What], Sequence[Tensor]],
         compute: Callable[[Launch, Callable[[What, Place], Sequence[Tensor]]], None],
         call: int,
+        slot: int,
     ) -> Steps[None]:
         """Boundary by boundary: await, unpack, pack, post, launch. Yields as ``steps.py`` says."""
         pending: dict[int, Pending] = {}
@@ -214,7 +216,7 @@ class Executor:
             self._scrub(program, 2 * boundary, bound)
             self._zero(program.zeros[2 * boundary + 1], bound)
             for batch in program.posts[boundary]:
-                pending[id(batch)] = self._post(batch, bound, tensors, call)
+                pending[id(batch)] = self._post(batch, bound, tensors, call, slot)
             if boundary == 0:
                 yield False
             for launch in program.launches[boundary] if boundary < program.stages else ():
@@ -223,7 +225,9 @@ class Executor:
         if program.stages == 0:
             yield True
 
-    def _post(self, batch: Batch, bound: _Bound, tensors: Callable[[What, Place], Sequence[Tensor]], call: int) -> Pending:
+    def _post(
+        self, batch: Batch, bound: _Bound, tensors: Callable[[What, Place], Sequence[Tensor]], call: int, slot: int
+    ) -> Pending:
         for message in batch.sends:
             if message.direct is None:
                 for item in message.items:
@@ -231,7 +235,8 @@ class Executor:
                         _take_rows(item, source, target)
         sends, receives = ([(m.peer, bound.bytes_of[id(m)]) for m in side] for side in (batch.sends, batch.receives))
         assert batch.awaited is not None
-        return self.communicator.post(batch.lane, sends, receives, batch.awaited._replace(call=call))
+        lane = lane_of(self.communicator.lanes, batch.lane, slot)
+        return self.communicator.post(lane, sends, receives, batch.awaited._replace(call=call))
 
     def _unpack(self, message: Message, bound: _Bound, tensors: Callable[[What, Place], Sequence[Tensor]]) -> None:
         """Inputs are put where they belong, sums are added, partial results merged; in plan order."""

@@ -3,7 +3,7 @@
 Side by side is the order of ``distattn/model.py``: the dense parts before attention, each followed by what attention sends first;
 then the kernels, the sequences in turns as ``steps.py`` says, while what the others sent travels; then what comes home, each time
 followed by the dense part after attention. A layer becomes one workload, whose boundaries are those of all of its calls in that
-order, so that lanes and ports see all messages.
+order, so that ports see all messages. Side by side each call has lanes of its own, as slots have in the executor.
 
 Every step costs the host a stage (``stage_us``), so that a call costs at most three more than alone.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distattn.parallel.cluster import Cluster
+from distattn.parallel.comm import LANES, lane_of
 from distattn.parallel.plan import Plan
 from distattn.parallel.shape import Shape
 from distattn.parallel.simulate import PassTimes, Simulation, simulate_loads
@@ -51,6 +52,7 @@ def simulate_layer(
     dense: Dense,
     side_by_side: bool,
     timeline: bool = False,
+    slots: int | None = None,
 ) -> Simulation:
     """Forward and backward through one layer, of sequences that may have plans of their own.
 
@@ -59,6 +61,7 @@ def simulate_layer(
     Args:
         forward, backward: a call for each sequence, in the same order.
         shapes: see :func:`distattn.parallel.simulate.simulate_pass`.
+        slots: with lanes of their own, side by side; None: every call has its own.
 
     Raises:
         ValueError: as many forward as backward calls are needed; see also :func:`distattn.parallel.simulate.simulate`.
@@ -69,7 +72,7 @@ def simulate_layer(
     def times(calls: Sequence[Call], before: float, after: float) -> PassTimes:
         loads = [call_load([_load(phase, shapes, cluster) for phase in call]) for call in calls]
         groups = [loads] if side_by_side else [[load] for load in loads]
-        return simulate_loads([layer_load(group, before, after) for group in groups], cluster, timeline)
+        return simulate_loads([layer_load(group, before, after, slots) for group in groups], cluster, timeline)
 
     return Simulation(
         times(forward, dense.before, dense.after),
@@ -102,15 +105,16 @@ def call_load(loads: Sequence[Workload]) -> CallLoad:
         return CallLoad(loads[0], turns)
     made = _Builder(borders[-1], loads[0].world)
     for load, border in zip(loads, borders, strict=False):
-        made.put(load, border + np.arange(load.stages + 1), border + np.arange(load.stages))
+        made.put(load, border + np.arange(load.stages + 1), border + np.arange(load.stages), load.messages.lane)
     return CallLoad(made.workload("+".join(load.name for load in loads)), turns)
 
 
-def layer_load(calls: Sequence[CallLoad], before: float, after: float) -> Workload:
+def layer_load(calls: Sequence[CallLoad], before: float, after: float, slots: int | None = None) -> Workload:
     """The calls of a layer side by side with their dense parts, in the order that the head of this file gives.
 
     Args:
         before, after: seconds of the dense part before and after each call.
+        slots: sets of lanes; None: one for each call.
     """
     n = len(calls)
     # Boundaries: a dense part each, the stages of all calls in turns, a dense part each.
@@ -124,7 +128,7 @@ def layer_load(calls: Sequence[CallLoad], before: float, after: float) -> Worklo
         made.compute[home + i] += after
         stages = np.array([place[i, stage] for stage in range(load.stages)], dtype=np.int64)
         boundaries = np.concatenate([[1 + i], stages[1:], [home + i]])
-        made.put(load, boundaries[: load.stages + 1], stages)
+        made.put(load, boundaries[: load.stages + 1], stages, lane_of((slots or n) * LANES, load.messages.lane, i))
     return made.workload(f"layer, {calls[0].load.name}")
 
 
@@ -137,14 +141,14 @@ class _Builder:
         self.pack, self.unpack = np.zeros((stages + 1, world)), np.zeros((stages + 1, world))
         self._messages: list[Messages] = []
 
-    def put(self, load: Workload, boundaries: np.ndarray, stages: np.ndarray) -> None:
-        """Adds a load: int64 places of its [stages + 1] boundaries and of its [stages] kernels."""
+    def put(self, load: Workload, boundaries: np.ndarray, stages: np.ndarray, lane: np.ndarray) -> None:
+        """Adds a load: int64 places of its [stages + 1] boundaries and of its [stages] kernels, and the lane of each message."""
         self.pack[boundaries] += load.pack
         self.pack[boundaries[0]] += load.begin
         self.unpack[boundaries] += load.unpack
         self.compute[stages] += load.compute
         m = load.messages
-        self._messages.append(Messages(m.src, m.dst, m.lane, boundaries[m.post], boundaries[m.need], m.size))
+        self._messages.append(Messages(m.src, m.dst, lane, boundaries[m.post], boundaries[m.need], m.size))
 
     def workload(self, name: str) -> Workload:
         """All that was put."""

@@ -39,7 +39,10 @@ def chrome_trace(simulation: Simulation, ranks: Sequence[int] | None = None) -> 
 
 def lane_name(lane: int) -> str:
     """What a lane is for."""
-    return "kernels" if lane == COMPUTE else LANES[lane] if lane < len(LANES) else f"lane {lane}"
+    if lane == COMPUTE:
+        return "kernels"
+    slot, kind = divmod(lane, len(LANES))
+    return f"{LANES[kind]}, slot {slot}" if slot else LANES[kind]
 
 
 def _names(timeline: Timeline, ranks: np.ndarray) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import distattn
@@ -18,11 +19,11 @@ from distattn.config import Config, ModelConfig
 from distattn.metrics import read
 from distattn.model import Block, Decoder, NanoBatch, build
 from distattn.ops import save_attention
-from distattn.parallel.comm import Awaited, Communicator, PeerError, Pending, SoloCommunicator
+from distattn.parallel.comm import LANES, Awaited, Communicator, PeerError, Pending, SoloCommunicator, lane_of
 from distattn.parallel.comm_threads import run_ranks
 from distattn.parallel.exchange import LANE as EXCHANGE_LANE
 from distattn.parallel.steps import InProgress, Steps
-from distattn.parallelize import attend_with, begin_with, make_world, recompute
+from distattn.parallelize import attend_with, begin_with, context_parallel, make_world, recompute
 from distattn.trainer import Trainer
 from tests.distattn.small_run import small_config, small_tokens
 from tests.workers import Pool
@@ -273,18 +274,22 @@ CASES = [
     (Strategy("ring", keep="none"), [first_beside_dense, last_beside_dense]),
     (Strategy("gather", stages=1), [first_beside_dense, second_beside_kernels]),
     (Strategy("tree"), [first_beside_dense, last_beside_dense]),
-    (SHARED_OUT, [first_beside_dense]),  # what goes home of one call waits on its lane for what the other has sent before
+    (SHARED_OUT, [first_beside_dense, first_home_beside_kernels, last_beside_dense]),
     (Strategy("ring", ulysses=4), [first_beside_dense, second_beside_kernels, first_home_beside_kernels, last_beside_dense]),
 ]
 
 
-def withheld(strategy: Strategy, rule: Rule, early: bool, timeout: float) -> tuple[int, list[list[Tensor]]]:
+def withheld(
+    strategy: Strategy, rule: Rule, early: bool, timeout: float, lanes: int = 2 * LANES, overtaken: bool = False
+) -> tuple[int, list[list[Tensor]]]:
     """Runs with messages held until ``rule`` lets them go. Returns how many it was asked to hold, and the gradients.
 
     Args:
         early: whether a mutant waits for these messages right after it has posted them.
+        overtaken: whether these messages are also held until all that the other sequence sends home has arrived.
     """
     world = 4
+    carried: set[tuple[int, int, int, int]] = set()
     events: list[set[Any]] = [set() for _ in range(world)]
     sent: dict[tuple[int, int, int], list[Sent]] = defaultdict(list)
     held = set()
@@ -293,9 +298,15 @@ def withheld(strategy: Strategy, rule: Rule, early: bool, timeout: float) -> tup
         message = sent[src, dst, lane][number]
         wanted = rule(message)
         if wanted is None:
+            carried.add((src, dst, lane, number))
             return True
         held.add((src, dst, lane, number))
-        return wanted in events[src] and wanted in events[dst]
+        if not overtaken:
+            return wanted in events[src] and wanted in events[dst]
+        others = [
+            (*way, n) for way, kinds in sent.items() for n, kind in enumerate(kinds) if kind.home and kind[:2] == wanted[:2]
+        ]
+        return all(wanted in rank for rank in events) and carried.issuperset(others)
 
     def work(communicator: Any) -> list[Tensor]:
         rank, post = communicator.rank, communicator.post
@@ -323,7 +334,7 @@ def withheld(strategy: Strategy, rule: Rule, early: bool, timeout: float) -> tup
 
         return gradients(communicator, strategy, 2, prepare=prepare)
 
-    found = run_ranks(world, work, timeout=timeout, gate=gate)
+    found = run_ranks(world, work, timeout=timeout, lanes=lanes, gate=gate)
     return len(held), found
 
 
@@ -337,6 +348,66 @@ def test_what_travels_waits_for_the_other_sequence(strategy: Strategy, rule: Rul
     assert_close(found, [gradients(SoloCommunicator(), Strategy("ring"), 1)])
     with pytest.raises(PeerError):
         withheld(strategy, rule, early=True, timeout=0.5)
+
+
+def first_home(sent: Sent) -> tuple[int, int, str] | None:
+    """What the first call of a layer sends home, once the second has computed."""
+    first = 0 if sent.turn <= LAYERS else 1
+    return (sent.turn, 1 - first, "compute") if sent.home and sent.slot == first else None
+
+
+@pytest.mark.parametrize("strategy", [SHARED_OUT, Strategy("tree"), Strategy("ring", ulysses=4)], ids=name)
+def test_results_of_the_second_sequence_overtake_those_of_the_first(strategy: Strategy) -> None:
+    """What the first sends home is held until all that the second sends home has arrived; on the same lanes it waits for ever."""
+    held, found = withheld(strategy, first_home, early=False, timeout=20.0, overtaken=True)
+    assert held, "no message was withheld: the test would show nothing"
+    assert_close(found, [gradients(SoloCommunicator(), Strategy("ring"), 1)])
+    with pytest.raises(PeerError):
+        withheld(strategy, first_home, early=False, timeout=0.5, lanes=LANES, overtaken=True)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=name)
+def test_all_ranks_post_on_all_lanes_in_one_order(strategy: Strategy) -> None:
+    """A device may run what several lanes have posted one after the other: here all lanes are one, and nobody waits for ever."""
+
+    def work(communicator: Any) -> list[Tensor]:
+        post, communicator.lanes, used = communicator.post, 2 * LANES, set()
+
+        def post_on_one(lane: int, sends: Any, receives: Any, awaited: Awaited) -> Pending:
+            used.add(lane // LANES)
+            return post(0, sends, receives, awaited)
+
+        communicator.post = post_on_one
+        found = gradients(communicator, strategy, 2)
+        assert used == {0, 1}
+        return found
+
+    assert_close(run_ranks(4, work, timeout=20.0, lanes=1), [gradients(SoloCommunicator(), Strategy("ring"), 1)])
+
+
+def test_more_sequences_than_lanes_share_them() -> None:
+    assert [lane_of(2 * LANES, lane, slot) for slot in range(3) for lane in (0, 3)] == [0, 3, 4, 7, 0, 3]
+    assert [lane_of(LANES, 2, slot) for slot in range(3)] == [2, 2, 2]
+    alone = [gradients(SoloCommunicator(), Strategy("ring"), 1, 6)]
+    found = run_ranks(4, lambda c: gradients(c, SHARED_OUT, 3, 6), timeout=30.0, lanes=2 * LANES)
+    assert_close(found, alone)
+
+
+def test_slots_have_process_groups_of_their_own(folder: Path, gloo: Pool) -> None:
+    assert gloo(2).run(lanes_of_rank, str(folder)) == [[3 * LANES, 2 * LANES, LANES]] * 2
+    with pytest.raises(ValueError, match="slots must be 1 or more: a call of attention needs one. Found 0"):
+        ContextParallel(slots=0)
+
+
+def lanes_of_rank(rank: int, world: int, folder: str) -> list[int]:
+    found = [ContextParallel(dist.group.WORLD, slots=3)]
+    for together in (2, 1):
+        config = small_config(Path(folder), world, parallel__nano_batches=together, train__sequences_per_step=2)
+        found.append(context_parallel(config, make_world(config, torch.device("cpu"))))
+    lanes = [cp.communicator.lanes for cp in found]
+    for cp in found:
+        cp.close()
+    return lanes
 
 
 def test_steps_out_of_order_are_refused() -> None:

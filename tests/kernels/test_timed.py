@@ -27,23 +27,28 @@ def test_what_is_timed_is_the_same_and_its_work_is_counted() -> None:
     assert all(torch.equal(a, b) for a, b in zip(launches(timed), launches(Aten()), strict=True))
     busy = stopwatch.take()
     assert busy.work == 4 * PAIRS * (2 * (8 + 6) + 2 * (3 * 8 + 2 * 6))
-    assert 0 < busy.nanoseconds < 10e9
-    assert stopwatch.take() == Busy(0, 0)
+    assert busy.nanoseconds > 0 and 0 < busy.elapsed < 10e9
+    assert stopwatch.take() == Busy(0, 0, 0)
 
 
-def test_time_outside_of_launches_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0]
-    monkeypatch.setattr("time.perf_counter_ns", lambda: now[0])
+def test_neither_time_outside_of_launches_counts_nor_what_others_take_within(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, thread = [0], [0]
+    monkeypatch.setattr("time.perf_counter_ns", lambda: clock[0])
+    monkeypatch.setattr("time.thread_time_ns", lambda: thread[0])
 
     class Slow(Aten):
         def forward(self, *arguments):  # type: ignore[override]
-            now[0] += 7
+            clock[0] += 20
+            thread[0] += 7
             return super().forward(*arguments)
 
     stopwatch = Stopwatch()
-    launches(Timed(Slow(), stopwatch))
-    now[0] += 1000
-    assert stopwatch.take().nanoseconds == 7
+    for _ in range(2):
+        launches(Timed(Slow(), stopwatch))
+        clock[0] += 1000
+        thread[0] += 1000
+    busy = stopwatch.take()
+    assert (busy.nanoseconds, busy.elapsed) == (14, 40)
 
 
 @pytest.mark.gpu
@@ -54,4 +59,4 @@ def test_on_a_gpu_launches_lie_between_events() -> None:
     launches(Timed(TritonBackend(), stopwatch), "cuda")
     torch.cuda.synchronize()
     busy = stopwatch.take()
-    assert busy.work == 4 * PAIRS * (2 * (8 + 6) + 2 * (3 * 8 + 2 * 6)) and busy.nanoseconds > 0
+    assert busy.work == 4 * PAIRS * (2 * (8 + 6) + 2 * (3 * 8 + 2 * 6)) and busy.elapsed == busy.nanoseconds > 0

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from distattn.launch.bench_nano_batches import WAYS, Wire, lengths, main, parse
-from distattn.parallel.comm import Awaited, SoloCommunicator
+from distattn.parallel.comm import LANES, Awaited, SoloCommunicator
 
 
 def test_both_ways_on_two_processes_and_a_wire(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,7 +21,7 @@ def test_both_ways_on_two_processes_and_a_wire(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_wire_is_as_slow_as_it_says() -> None:
-    """Two batches of a lane one after the other, on the clock of the one that waits."""
+    """Two batches of lanes of one kind one after the other, on the clock of the one that waits."""
     import time
 
     import torch
@@ -29,9 +29,9 @@ def test_a_wire_is_as_slow_as_it_says() -> None:
     class Quiet(SoloCommunicator):
         world = 2
 
-    wire, message = Wire(Quiet(), 0.001), torch.zeros(20_000, dtype=torch.uint8)  # 20 ms each
+    wire, message = Wire(Quiet(2 * LANES), 0.001), torch.zeros(20_000, dtype=torch.uint8)  # 20 ms each
     begun = time.perf_counter()
-    pending = [wire.post(0, [(1, message)], [(1, message)], Awaited("test", 0, 0)) for _ in range(2)]
+    pending = [wire.post(lane, [(1, message)], [(1, message)], Awaited("test", 0, 0)) for lane in (0, LANES)]
     for batch in pending:
         batch.wait()
     assert time.perf_counter() - begun >= 0.04 and wire.waiting > 0.03
@@ -39,10 +39,10 @@ def test_a_wire_is_as_slow_as_it_says() -> None:
 
 def test_prices(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    words = ["--price", "h200", "--ranks", "8", "--tokens", "32768", "--schedules", "gather", "--json", str(file)]
+    words = ["--price", "h200", "--ranks", "8", "--tokens", "32768", "--schedules", "disaggregate", "--json", str(file)]
     assert main(words) == 0
     (row,) = json.loads(file.read_text())
-    assert row["dense"] < row["beside"] <= row["alone"] and row["exposed_beside"] <= row["exposed_alone"]
+    assert row["dense"] < row["beside"] < row["beside_shared"] < row["alone"] and row["exposed_beside"] <= row["exposed_alone"]
 
 
 def test_documents_fill_both_sequences() -> None:

@@ -60,6 +60,19 @@ def test_what_comes_home_last(after: float) -> None:
     assert times.seconds == pytest.approx(max(first, home[1]) + a, **EXACT)
 
 
+@pytest.mark.parametrize("slots", [None, 2, 1])
+def test_results_wait_for_those_of_another_call_only_on_shared_lanes(slots: int | None) -> None:
+    """Rank 0 sends home what it computed in the first call while it receives its own results of the second."""
+    message, k = 1000 * 4 * 65 * 4 / 1e9, seconds(1000, 1000)
+    plans = []
+    for server, owner in ((0, 1), (2, 0)):
+        plan = plan_of(3, [[server, owner, 1000, 2, 1, 2]], [[0, server, 1000, 1000]], 2)
+        plan.transfers[:, 2], plan.transfers[:, 5] = owner, What.OUT
+        plans.append([plan])
+    times = simulate_layer(plans, plans, [SHAPE], cluster(), NOTHING, True, slots=slots).forward
+    assert times.seconds == pytest.approx(k + (2 if slots == 1 else 1) * message, **EXACT)
+
+
 def test_backward_is_the_reverse() -> None:
     """The dense part after attention comes first, and that of the second sequence before that of the first."""
     b, a, k = 0.3 * MESSAGE, 2.0 * MESSAGE, seconds(1000, 1000)
