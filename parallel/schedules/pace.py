@@ -14,7 +14,7 @@ from distattn.kernels.bands import Q0, Q1, areas, clip
 from distattn.parallel.intervals import groups
 
 TILE = 128  # rows at multiples of which runs are cut
-PART_ROWS = 2048  # of a run in a part, at least: fewer leave a device idle
+PART_ROWS = 1024  # of a run in a part, at least: fewer leave a device idle
 
 
 class Work(NamedTuple):
@@ -41,6 +41,17 @@ class Time(NamedTuple):
         return 2 * self.hops + self.parts
 
 
+def _rows_with(wanted: np.ndarray, whole: np.ndarray, half: np.ndarray) -> np.ndarray:
+    """The share of its rows, 0 to 1, that have ``wanted`` of a run's ``whole`` pairs, if the first half of them has ``half``.
+
+    Exact where each row sees as many pairs more than the one before it: triangles and rectangles.
+    """
+    linear, square = 4.0 * half - whole, 2.0 * whole - 4.0 * half
+    wanted = np.clip(wanted, 0, whole)
+    root = np.sqrt(np.maximum(linear * linear + 4 * square * wanted, 0.0))
+    return np.clip(2 * wanted / np.maximum(linear + root, 1e-9), 0, 1)
+
+
 def in_parts(across: Work, stages: int) -> tuple[Work, np.ndarray]:
     """The bands cut into ``stages`` parts of about equal areas on every server: (bands, part of each, from 1).
 
@@ -48,10 +59,11 @@ def in_parts(across: Work, stages: int) -> tuple[Work, np.ndarray]:
     """
     number, first = groups(across.server, across.q_owner, across.run)
     n, rows = len(first), across.bands
-    area = np.bincount(number, weights=areas(rows), minlength=n)
     low, high = np.full(n, np.iinfo(np.int64).max), np.zeros(n, dtype=np.int64)
     np.minimum.at(low, number, rows[:, Q0])
     np.maximum.at(high, number, rows[:, Q1])
+    first_half = clip(rows, 0, ((low + high) // 2)[number], 0, 1 << 60)
+    area, half = (np.bincount(number, weights=areas(bands), minlength=n) for bands in (rows, first_half))
     server = across.server[first]
     before = np.cumsum(area) - area
     begin = np.searchsorted(server, server, side="left")  # groups are sorted by server
@@ -59,8 +71,7 @@ def in_parts(across: Work, stages: int) -> tuple[Work, np.ndarray]:
     before -= before[begin] if n else 0
     kept, part, at = [], [], low
     for i in range(1, stages + 1):
-        # Rows of a run are taken to have equal areas.
-        share = np.clip((total * i / stages - before) / np.maximum(area, 1), 0, 1)
+        share = _rows_with(total * i / stages - before, area, half)
         end = low + np.rint((high - low) * share / TILE).astype(np.int64) * TILE
         whole = np.minimum(end - at, high - end) < PART_ROWS
         end = np.where(whole, np.where(2 * end >= at + high, high, at), end) if i < stages else high
@@ -94,10 +105,11 @@ def in_slices(inside: Work, across: Work, world: int, time: Time, most: int | No
         outer = np.minimum(outer, mean if most is None else min(mean, most))
     inner = (own - 2 * time.hops * outer) // time.parts
     height = inside.bands[:, Q1] - inside.bands[:, Q0]
+    half = areas(clip(inside.bands, 0, inside.bands[:, Q0] + height // 2, 0, 1 << 60))
     at, limit, pieces = inside.bands[:, Q0], begins, []
     for stage in range(time.all):
         limit = limit + (inner if time.hops <= stage < time.hops + time.parts else outer)
-        share = np.clip((limit[inside.server] - (done - area)) / np.maximum(area, 1), 0, 1)
+        share = _rows_with(limit[inside.server] - (done - area), area, half)
         end = inside.bands[:, Q0] + np.rint(height * share).astype(np.int64) if stage < time.all - 1 else inside.bands[:, Q1]
         pieces.append(clip(inside.bands, at, end, 0, 1 << 60))
         at = end
