@@ -104,9 +104,10 @@ class Row:
 
 
 HEADER = (
-    f"{'':18} load: largest over mean      units a token           bound         peers of   MB received  busiest         with relays:        least    plan\n"
-    f"lengths    ranks    before    mean   worst    mean   worst   bound  ratio DistCA   Magi     fwd     bwd   mean  worst MB fwd   mean  worst"
-    "  rows      ms"
+    f"{'':18} load: largest over mean      units a token           bound         peers of   MB received  busiest      "
+    "   with relays:        least    plan\n"
+    "lengths    ranks    before    mean   worst    mean   worst   bound  ratio DistCA   Magi     fwd     bwd   mean  worst"
+    " MB fwd   mean  worst  rows      ms"
 )
 
 

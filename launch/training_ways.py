@@ -35,7 +35,8 @@ from distattn.parallel.workload import Exchange
 SLACK = 0.25  # of a group's share of tokens, that it may have above it
 EVEN = 0.02  # the same of two sequences side by side
 MEMORY_SHARE = 0.25  # of a device, for rows of other ranks
-PARTS_OF_GATHER, PARTS = 4, (1, 2, 4, 6)
+PARTS_OF_GATHER = 4
+PARTS, PARTS_SIDE_BY_SIDE = {True: (2, 4, 6), False: (1, 3, 5, 7)}, (1, 4)  # with relays and without; of two sequences
 # Of documents with pairs of ranks: zigzag inside of documents takes minutes to plan with more, and is left out.
 MEETINGS = 1 << 20
 
@@ -301,6 +302,7 @@ def moving(survey: Survey) -> Iterator[Way]:
         relays = IN_NODES if node > 1 else SHARED
         kind = "disaggregate" if u == 1 else "Ulysses, disaggregate"
         for balance, hops in product((Balance.of(shape), Balance.of(shape, cluster, node)), (STRAIGHT, relays)):
-            for stages, halves in ((1, True), *((parts, False) for parts in PARTS)):
+            ways = [(parts, True) for parts in PARTS_SIDE_BY_SIDE] + [(parts, False) for parts in PARTS[hops > STRAIGHT]]
+            for stages, halves in ways:
                 strategy = Strategy("disaggregate", ulysses=u, stages=stages, hops=hops, balance=balance)
                 yield Way(kind, strategy, "contiguous", survey.ranks, None, halves=halves)

@@ -25,7 +25,8 @@ from distattn.parallel.relays import IN_NODES, SHARED, STRAIGHT, Hops, Needs, re
 from distattn.parallel.schedules.pace import Time, Work, in_parts, in_slices
 from distattn.parallel.strategy import Balance
 
-PARTS = 2, 4  # straight, with relays
+PARTS = 3, 6  # straight, with relays
+FIRST_HOP = 0.6  # of the time of the first rows on their way that is filled with own work: simulated, more and less are slower
 GAIN = 2  # times less for the busiest owner to send and get: then relays are worth the stages that they take
 
 
@@ -58,7 +59,7 @@ def disaggregate(
 
     Args:
         layout: segments of step 1 (contiguous or zigzag); ranks without rows may serve.
-        stages: parts in which a rank does what it does not do on its own rows alone; None: 2, with relays 4.
+        stages: parts in which a rank does what it does not do on its own rows alone; None: 3, with relays 6.
         hops: 1: rows travel straight from their owner and results straight home; 2: ranks that need the same rows pass them on to
             each other (:mod:`distattn.parallel.relays`); 3: so that each node gets them once. None: relays where the busiest
             owner has to send and get that much less.
@@ -80,10 +81,11 @@ def disaggregate(
     hops = int(hops or _hops(layout.world, across, cost))
     time = Time(hops, int(stages or PARTS[hops > STRAIGHT])) if len(across.run) else Time(0, 1)
     across, part = in_parts(across, time.parts)
-    queries, keys = _query_runs(across, part), _key_runs(across, part)
+    queries, keys = _runs(across, part, across.q_owner, Q0), _runs(across, part, across.kv_owner, K0)
+    results = _runs(across, part, across.q_owner, Q0, last=True)
     inside, when = in_slices(inside, across, layout.world, time, _first_hop(queries, keys, layout.world, cost))
     tasks, task_of_band, bands = _tasks(layout, inside, when, across, part + time.hops - 1)
-    finished = _finished(queries, work, hops > STRAIGHT)
+    finished = _finished(results, work, hops > STRAIGHT)
     received = np.zeros(layout.world, dtype=np.int64)
     for runs, kinds in ((queries, 2), (keys, 1)):
         np.add.at(received, runs.server, kinds * (runs.stop - runs.start))
@@ -175,14 +177,15 @@ def _hops(world: int, across: Work, cost: Cost) -> int:
 
 
 def _first_hop(queries: _Runs, keys: _Runs, world: int, cost: Cost) -> int | None:
-    """Visible pairs that a rank works through while the rows of the first part make a hop, on average; None: not known."""
+    """Visible pairs that a rank works through while the busiest owner sends the rows of the first part once; None: not known."""
     if not cost.has_links:
         return None
-    weight = sum(
-        each * int((runs.stop - runs.start)[runs.part == 1].sum())
-        for runs, each in ((queries, cost.query_row / 2), (keys, cost.kv_row))
-    )
-    return int(weight / world * max(cost.far_seconds, cost.near_seconds) / cost.pair_seconds)
+    weight = np.zeros(world)
+    for runs, each in ((queries, cost.query_row / 2), (keys, cost.kv_row)):
+        first = runs.take(runs.part == 1)
+        once = union(Intervals(first.owner, first.start, first.stop))
+        weight += each * np.bincount(once.key, weights=once.rows, minlength=world)
+    return int(FIRST_HOP * weight.max(initial=0) * max(cost.far_seconds, cost.near_seconds) / cost.pair_seconds)
 
 
 def _tasks(
@@ -204,40 +207,29 @@ def _tasks(
     return tasks[order], place[by_task], bands[by_task]
 
 
-def _query_runs(across: Work, part: np.ndarray) -> _Runs:
-    """Foreign query rows that servers work on, by part."""
-    foreign = across.server != across.q_owner
-    w, part = across.take(foreign), part[foreign]
-    number, first = groups(part, w.server, w.q_owner)
-    runs = union(Intervals(number, w.bands[:, Q0], w.bands[:, Q1]))
-    of = first[runs.key]
-    return _Runs(w.server[of], w.q_owner[of], runs.start, runs.stop, part[of])
-
-
-def _key_runs(across: Work, part: np.ndarray) -> _Runs:
-    """Foreign key rows that servers need, each in the first part that does."""
-    foreign = across.server != across.kv_owner
-    w, part = across.take(foreign), part[foreign]
-    number, first = groups(w.server, w.kv_owner)
-    [(piece, low, high)] = cut(Intervals(number, w.bands[:, K0], w.bands[:, K1]))
-    cell, first_piece = groups(number[piece], low)
-    earliest = np.full(len(first_piece), np.iinfo(np.int64).max)
-    np.minimum.at(earliest, cell, part[piece])
+def _runs(across: Work, part: np.ndarray, owner: np.ndarray, column: int, last: bool = False) -> _Runs:
+    """Rows of others, in bands' columns ``column`` and the next, at servers, with the first (last) part that needs them."""
+    foreign = np.flatnonzero(across.server != owner)
+    server, owner, part, bands = (x[foreign] for x in (across.server, owner, part, across.bands))
+    number, first = groups(server, owner)
+    [(piece, low, high)] = cut(Intervals(number, bands[:, column], bands[:, column + 1]))
+    cell, at = groups(number[piece], low)
+    when = np.full(len(at), -1 if last else np.iinfo(np.int64).max)
+    (np.maximum if last else np.minimum).at(when, cell, part[piece])
     most = int(part.max(initial=0)) + 1
-    at = first_piece
-    runs = union(Intervals(number[piece[at]] * most + earliest, low[at], high[at]))
+    runs = union(Intervals(number[piece[at]] * most + when, low[at], high[at]))
     of = first[runs.key // most]
-    return _Runs(w.server[of], w.kv_owner[of], runs.start, runs.stop, runs.key % most)
+    return _Runs(server[of], owner[of], runs.start, runs.stop, runs.key % most)
 
 
-def _finished(queries: _Runs, work: Work, relayed: bool) -> tuple[np.ndarray, _Runs]:
+def _finished(results: _Runs, work: Work, relayed: bool) -> tuple[np.ndarray, _Runs]:
     """(whether all of a run comes home in one result that its owner adds nothing to, the runs cut where that changes).
 
     ``relayed``: servers merge what several of them make of a row, before it comes home.
     """
     touched = Intervals(work.q_owner, work.bands[:, Q0], work.bands[:, Q1])
-    (run, low, high), (band, band_low, _) = cut(Intervals(queries.owner, queries.start, queries.stop), touched)
-    cell, first = groups(np.concatenate([queries.owner[run], work.q_owner[band]]), np.concatenate([low, band_low]))
+    (run, low, high), (band, band_low, _) = cut(Intervals(results.owner, results.start, results.stop), touched)
+    cell, first = groups(np.concatenate([results.owner[run], work.q_owner[band]]), np.concatenate([low, band_low]))
     at, server = cell[len(run) :], work.server[band]
     if relayed:
         done = np.bincount(at[server == work.q_owner[band]], minlength=len(first)) == 0
@@ -248,7 +240,7 @@ def _finished(queries: _Runs, work: Work, relayed: bool) -> tuple[np.ndarray, _R
         done = least == most
     joined = union(Intervals(run * 2 + done[cell[: len(run)]], low, high))
     of = joined.key // 2
-    return joined.key % 2 == 1, _Runs(queries.server[of], queries.owner[of], joined.start, joined.stop, queries.part[of])
+    return joined.key % 2 == 1, _Runs(results.server[of], results.owner[of], joined.start, joined.stop, results.part[of])
 
 
 def _transfers(queries: _Runs, keys: _Runs, finished: tuple[np.ndarray, _Runs], time: Time, devices: int) -> np.ndarray:

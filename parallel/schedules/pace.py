@@ -6,12 +6,13 @@ travel; then own rows again while results go home.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from distattn.kernels.bands import Q0, Q1, areas, clip
-from distattn.parallel.intervals import groups
+from distattn.kernels.bands import K0, K1, Q0, Q1, areas, clip
+from distattn.parallel.intervals import Intervals, groups, union
 
 TILE = 128  # rows at multiples of which runs are cut
 PART_ROWS = 1024  # of a run in a part, at least: fewer leave a device idle
@@ -52,35 +53,72 @@ def _rows_with(wanted: np.ndarray, whole: np.ndarray, half: np.ndarray) -> np.nd
     return np.clip(2 * wanted / np.maximum(linear + root, 1e-9), 0, 1)
 
 
-def in_parts(across: Work, stages: int) -> tuple[Work, np.ndarray]:
-    """The bands cut into ``stages`` parts of about equal areas on every server: (bands, part of each, from 1).
+def in_parts(across: Work, parts: int) -> tuple[Work, np.ndarray]:
+    """The bands of every server cut into blocks of rows and keys, worked off along a diagonal: (bands, part of each, from 1).
 
-    Runs are cut by rows, so that a row is in one part and no part of a run has less than ``PART_ROWS`` rows.
+    Block (i, j) is in part i + j + 1: each part brings some new rows and keys, and is the last for some, so that inputs come and
+    results leave a few at a time. Row blocks of a server have about equal areas, key blocks equal numbers of keys.
     """
+    by_rows, by_keys = parts // 2 + 1, (parts + 1) // 2
+    across, row_block = _in_row_blocks(across, by_rows)
+    across, key_block, kept = _in_key_blocks(across, by_keys)
+    return across, 1 + row_block[kept] + key_block
+
+
+def _snapped(at: np.ndarray, low: np.ndarray, high: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Places to cut [low, high) at ``end``, the last cut before it being ``at``: no piece is shorter than ``PART_ROWS``."""
+    short = np.minimum(end - at, high - end) < PART_ROWS
+    return np.where(short, np.where(2 * end >= at + high, high, at), end)
+
+
+def _in_row_blocks(across: Work, blocks: int) -> tuple[Work, np.ndarray]:
     number, first = groups(across.server, across.q_owner, across.run)
-    n, rows = len(first), across.bands
+    n, bands = len(first), across.bands
     low, high = np.full(n, np.iinfo(np.int64).max), np.zeros(n, dtype=np.int64)
-    np.minimum.at(low, number, rows[:, Q0])
-    np.maximum.at(high, number, rows[:, Q1])
-    first_half = clip(rows, 0, ((low + high) // 2)[number], 0, 1 << 60)
-    area, half = (np.bincount(number, weights=areas(bands), minlength=n) for bands in (rows, first_half))
+    np.minimum.at(low, number, bands[:, Q0])
+    np.maximum.at(high, number, bands[:, Q1])
+    first_half = clip(bands, 0, ((low + high) // 2)[number], 0, 1 << 60)
+    area, half = (np.bincount(number, weights=areas(some), minlength=n) for some in (bands, first_half))
     server = across.server[first]
     before = np.cumsum(area) - area
     begin = np.searchsorted(server, server, side="left")  # groups are sorted by server
     total = np.bincount(server, weights=area)[server] if n else area
     before -= before[begin] if n else 0
-    kept, part, at = [], [], low
-    for i in range(1, stages + 1):
-        share = _rows_with(total * i / stages - before, area, half)
-        end = low + np.rint((high - low) * share / TILE).astype(np.int64) * TILE
-        whole = np.minimum(end - at, high - end) < PART_ROWS
-        end = np.where(whole, np.where(2 * end >= at + high, high, at), end) if i < stages else high
-        piece = clip(rows, at[number], end[number], 0, 1 << 60)
-        some = np.flatnonzero(piece[:, Q0] < piece[:, Q1])
-        kept.append(across.take(some)._replace(bands=piece[some]))
-        part.append(np.full(len(some), i))
-        at = end
-    return Work(*(np.concatenate(columns) for columns in zip(*kept, strict=True))), np.concatenate(part)
+    ends, at = [], low
+    for i in range(1, blocks):
+        share = _rows_with(total * i / blocks - before, area, half)
+        at = _snapped(at, low, high, low + np.rint((high - low) * share / TILE).astype(np.int64) * TILE)
+        ends.append(at[number])
+    return _cut(across, ends, by_keys=False)[:2]
+
+
+def _in_key_blocks(across: Work, blocks: int) -> tuple[Work, np.ndarray, np.ndarray]:
+    pair, first = groups(across.server, across.kv_owner)
+    runs = union(Intervals(pair, across.bands[:, K0], across.bands[:, K1]))
+    server = across.server[first][runs.key]
+    before = np.cumsum(runs.rows) - runs.rows
+    before -= before[np.searchsorted(server, server, side="left")] if len(server) else 0
+    total = np.bincount(server, weights=runs.rows)[server] if len(server) else before
+    span = int(across.bands[:, K1].max(initial=0)) + 1
+    of_band = np.searchsorted(runs.key * span + runs.start, pair * span + across.bands[:, K0], side="right") - 1
+    ends, at = [], runs.start
+    for j in range(1, blocks):
+        end = runs.start + np.clip((total * j / blocks - before) // TILE * TILE, 0, runs.rows).astype(np.int64)
+        at = _snapped(at, runs.start, runs.stop, end)
+        ends.append(at[of_band])
+    return _cut(across, ends, by_keys=True)
+
+
+def _cut(work: Work, ends: list[np.ndarray], by_keys: bool) -> tuple[Work, np.ndarray, np.ndarray]:
+    """Bands cut at rising rows or keys [bands] each: (pieces, number of the piece, band that it is of)."""
+    far = np.full(len(work.run), 1 << 60)
+    pieces = []
+    for low, high in pairwise([np.zeros_like(far), *ends, far]):
+        pieces.append(clip(work.bands, 0, 1 << 60, low, high) if by_keys else clip(work.bands, low, high, 0, 1 << 60))
+    kept = [np.flatnonzero(p[:, Q0] < p[:, Q1]) for p in pieces]
+    of = np.concatenate(kept)
+    bands = np.concatenate([p[some] for p, some in zip(pieces, kept, strict=True)])
+    return work.take(of)._replace(bands=bands), np.repeat(np.arange(len(kept)), [len(some) for some in kept]), of
 
 
 def in_slices(inside: Work, across: Work, world: int, time: Time, most: int | None) -> tuple[Work, np.ndarray]:

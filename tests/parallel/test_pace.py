@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from distattn.kernels.bands import Q0, Q1, areas
+from distattn.kernels.bands import K0, K1, Q0, Q1, areas
 from distattn.parallel import layout as layouts
 from distattn.parallel import mask as masks
 from distattn.parallel.assign import assign
@@ -19,32 +19,48 @@ WORLD, EACH = 16, 8192
 
 
 def far_work() -> Work:
-    """Server 1: 30,000 rows of rank 0; server 2: runs of 3,000 and 20,000; server 3: one of 500."""
+    """Server 1: 30,000 rows of rank 0; server 2: runs of 3,000 and 20,000; server 3: one of 500. On 20,000 keys of rank 4."""
     runs = [(1, 0, 30000), (2, 0, 3000), (2, 4000, 24000), (3, 0, 500)]
-    bands = np.array([[start, stop, 0, 1000, -(1 << 40), 1 << 40] for _, start, stop in runs], dtype=np.int64)
+    bands = np.array([[start, stop, 0, 20000, -(1 << 40), 1 << 40] for _, start, stop in runs], dtype=np.int64)
     server, start = (np.array([run[i] for run in runs]) for i in (0, 1))
     zero = np.zeros_like(server)
-    return Work(bands, server, zero, zero, start)
+    return Work(bands, server, zero, zero + 4, start)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4, 7])
-def test_work_for_others_is_cut_by_rows_into_even_parts(parts):
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 7])
+def test_work_for_others_is_cut_into_blocks_along_a_diagonal(parts):
     work = far_work()
     cut, part = in_parts(work, parts)
-    assert set(part) <= set(range(1, parts + 1))
+    assert areas(cut.bands).sum() == areas(work.bands).sum() and set(part) <= set(range(1, parts + 1))
+    by_rows, by_keys = parts // 2 + 1, (parts + 1) // 2
     for server in (1, 2, 3):
         mine = cut.server == server
-        rows = np.bincount(part[mine], weights=(cut.bands[:, Q1] - cut.bands[:, Q0])[mine], minlength=parts + 1)[1:]
-        whole = (work.bands[:, Q1] - work.bands[:, Q0])[work.server == server].sum()
-        assert rows.sum() == whole
-        if server < 3:
-            assert abs(rows - whole / parts).max() <= PART_ROWS
-        else:
-            assert np.count_nonzero(rows) == 1, "a short run stays whole"
-    height = cut.bands[:, Q1] - cut.bands[:, Q0]
-    assert height.min() >= min(500, PART_ROWS)
+        rows, keys = cut.bands[mine, Q1] - cut.bands[mine, Q0], cut.bands[mine, K1] - cut.bands[mine, K0]
+        assert rows.min() >= min(500, PART_ROWS) and keys.min() >= PART_ROWS
+        pieces = set(zip(cut.run[mine], cut.bands[mine, Q0], cut.bands[mine, K0], strict=True))
+        assert len(pieces) == mine.sum(), "no block twice"
+        assert abs(keys - 20000 / by_keys).max() <= TILE * by_keys
+        places = [np.unique(cut.bands[mine, c], return_inverse=True)[1] for c in (Q0, K0)]
+        if server == 1:
+            assert abs(rows - 30000 / by_rows).max() <= TILE * by_rows
+            assert np.array_equal(part[mine], 1 + places[0] + places[1])
+        if server == 3:
+            assert len(np.unique(cut.bands[mine, Q0])) == 1, "a short run stays whole"
     inner = ~np.isin(cut.bands[:, Q0], work.bands[:, Q0])
     assert np.all((cut.bands[inner, Q0] - cut.run[inner]) % TILE == 0)
+
+
+@pytest.mark.parametrize("parts", [3, 4, 7])
+def test_every_part_brings_few_rows_and_keys_and_is_the_last_for_as_many(parts):
+    cut, part = in_parts(far_work(), parts)
+    mine, blocks = cut.server == 1, (parts // 2 + 1, (parts + 1) // 2)
+    for column, count, whole in ((Q0, blocks[0], 30000), (K0, blocks[1], 20000)):
+        for end in (np.minimum, np.maximum):
+            begin, block = np.unique(cut.bands[mine, column], return_inverse=True)
+            when = np.full(len(begin), 0 if end is np.maximum else parts)
+            end.at(when, block, part[mine])
+            rows = np.bincount(when, weights=np.diff(np.append(begin, whole)), minlength=parts + 1)
+            assert rows.max() <= whole / count + TILE * count
 
 
 def one_long() -> tuple[Plan, Plan]:
@@ -70,7 +86,7 @@ def test_stages_last_alike_where_rows_are_passed_on(monkeypatch):
     assert relays.sum() == straight.sum() and len(relays) == 2 * 2 + 4 and len(straight) == 2 + 4
     outer = relays[[0, 1, -2, -1]]
     assert outer.max() <= 1.3 * mean, "own work in stages of travel is no longer than a stage on average"
-    assert relays[2:-2].max() <= 1.2 * (8 / 4) * mean, "who has no own rows to work on does as much in four stages"
+    assert relays[2:-2].max() <= 1.1 * (8 / 3) * mean, "two of six blocks, of who has no own rows to work on"
     assert straight[[0, -1]].max() > 2 * mean
 
 
