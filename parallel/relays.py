@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from distattn.parallel.intervals import Intervals, cut, expand, groups, union
+from distattn.parallel.plan import HOME_LANE
 
-PASSED_ON, FROM_OWNER = 0, 1  # lanes: what is passed on waits for no rows that are needed later
+PASSED_ON, FROM_OWNER = 0, 1  # lanes: what others pass on or merge waits for nothing that is needed later
 LEAST = 512  # rows of a part: smaller messages cost more than they save
 STRAIGHT, SHARED, IN_NODES = 1, 2, 3  # hops
 
@@ -22,6 +23,11 @@ STRAIGHT, SHARED, IN_NODES = 1, 2, 3  # hops
 def input_lane(src: np.ndarray, owner: np.ndarray) -> np.ndarray:
     """The lane on which ``src`` sends rows of ``owner``."""
     return np.where(src == owner, FROM_OWNER, PASSED_ON)
+
+
+def home_lane(dst: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """The lane on which results and gradients of rows of ``owner`` travel to ``dst``, who merges them if it is another."""
+    return np.where(dst == owner, HOME_LANE, PASSED_ON)
 
 
 class Needs(NamedTuple):
@@ -47,11 +53,6 @@ class Hops(NamedTuple):
     stop: np.ndarray
     post: np.ndarray
     need: np.ndarray
-
-    @property
-    def lane(self) -> np.ndarray:
-        """Of inputs."""
-        return input_lane(self.src, self.owner)
 
     def mirrored(self, stages: int) -> Hops:
         """The same hops in the other direction, in time too."""
@@ -91,12 +92,14 @@ def relayed(needs: Needs, hops: int, devices: int = 0) -> Hops:
     soonest = np.minimum.reduceat(use, begin)[at]
     lead = np.minimum(use[leader], soonest - hops + 1)
     lead = np.where(count[at] == 1, use[leader], lead)  # nobody to pass it on to
-    src, post, need = server[leader], lead, use[piece]
+    src, need, held = server[leader], use[piece], lead
     if hops >= IN_NODES and devices > 1:
-        src, post, need = _in_nodes(server, use, cell, piece, part, leader, lead, soonest, devices)
+        src, need, held = _in_nodes(server, use, cell, piece, part, leader, lead, soonest, devices)
     leads = leader == piece
     src = np.where(leads, owner[piece], src)
-    post, need = np.where(leads, 0, post), np.where(leads, lead, need)
+    # What is passed on leaves as soon as its source has it, but two boundaries before it is needed: the lane is first in, first
+    # out, and what leaves later may then not be needed earlier.
+    post, need = np.where(leads, 0, np.maximum(held, need - 2)), np.where(leads, lead, need)
     return _joined(Hops(src, server[piece], owner[piece], first, last, post, need))
 
 
@@ -111,16 +114,14 @@ def _in_nodes(
     soonest: np.ndarray,
     devices: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(source, post, need) of every part at every server but its leader: one of a node's servers has it from the leader."""
+    """(source, need, when the source has it) of every part at every server but its leader: one a node has it from the leader."""
     number, first = groups(cell, server // devices)  # servers are sorted in a cell, so those of a node stand together
     count = np.bincount(number)
     node, home = number[piece], number[leader]
     chief = np.where(node == home, leader, first[node] + part % count[node])
-    passed = (piece == chief) & (count[node] > 1)
-    inside = (piece != chief) & (node != home)
+    passes_on = (piece == chief) & (count[node] > 1)
     src = server[np.where(piece == chief, leader, chief)]
-    post = np.where(inside, soonest - 1, lead)
-    return src, post, np.where(passed, soonest - 1, use[piece])
+    return src, np.where(passes_on, soonest - 1, use[piece]), np.where(piece == chief, lead, soonest - 1)
 
 
 def _joined(hops: Hops) -> Hops:

@@ -36,7 +36,7 @@ from distattn.parallel.plan import (
     Plan,
     What,
 )
-from distattn.parallel.relays import Needs, input_lane, relayed
+from distattn.parallel.relays import Needs, home_lane, input_lane, relayed
 
 Keep = Literal["all", "last", "none"]
 GRADIENT_OF = {What.Q: What.DQ, What.KV: What.DKV, What.OUT: What.DOUT, What.DONE: What.DOUT}
@@ -141,12 +141,12 @@ def _reversed(transfers: np.ndarray, stages: int, pooled: bool) -> np.ndarray:
     out[:, POST], out[:, NEED] = stages - transfers[:, NEED], stages - transfers[:, POST]
     for what, gradient in GRADIENT_OF.items():
         out[transfers[:, WHAT] == what, WHAT] = gradient
-    # Long hops block no short ones; with pooled rows all go straight home, and block no inputs.
-    short = pooled | (out[:, NEED] - out[:, POST] == 1)
     dout = out[:, WHAT] == What.DOUT
-    out[~dout & short, LANE] = HOME_LANE
     if pooled:
-        out[dout, LANE] = input_lane(out[dout, SRC], out[dout, OWNER])
+        inputs, sums = (column(out[:, end], out[:, OWNER]) for column, end in ((input_lane, SRC), (home_lane, DST)))
+        out[:, LANE] = np.where(dout, inputs, sums)
+    else:  # long hops block no short ones
+        out[~dout & (out[:, NEED] - out[:, POST] == 1), LANE] = HOME_LANE
     return out
 
 
@@ -218,7 +218,8 @@ def _resent_in_trees(plan: Plan, row: np.ndarray, start: np.ndarray, stop: np.nd
     """Keys once more, on trees in which those stand next to the owner that need them first in the backward pass."""
     needs = Needs(row[:, DST], row[:, OWNER], start, stop, plan.stages - 1 - use)
     hops = relayed(needs, max(1, plan.quiet), plan.node_devices)
-    return np.stack([*hops[:5], np.full_like(hops.lane, What.KV), hops.lane, hops.post, hops.need], 1)
+    what, lane = np.full_like(hops.src, What.KV), input_lane(hops.src, hops.owner)
+    return np.stack([*hops[:5], what, lane, hops.post, hops.need], 1)
 
 
 def _pieces_with_last_use(plan: Plan, inputs: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -20,8 +20,8 @@ from distattn.parallel.assignment import Assignment
 from distattn.parallel.intervals import Intervals, cut, expand, groups, union
 from distattn.parallel.layout import Layout
 from distattn.parallel.mask import Mask
-from distattn.parallel.plan import DST, HOME_LANE, NEED, OWNER, POST, RANK, SRC, STAGE, START, WHAT, Plan, What, no_kept
-from distattn.parallel.relays import IN_NODES, SHARED, STRAIGHT, Hops, Needs, relayed
+from distattn.parallel.plan import DST, NEED, OWNER, POST, RANK, SRC, STAGE, START, WHAT, Plan, What, no_kept
+from distattn.parallel.relays import IN_NODES, SHARED, STRAIGHT, Hops, Needs, home_lane, input_lane, relayed
 from distattn.parallel.schedules.pace import Time, Work, in_parts, in_slices
 from distattn.parallel.strategy import Balance
 
@@ -250,17 +250,16 @@ def _transfers(queries: _Runs, keys: _Runs, finished: tuple[np.ndarray, _Runs], 
     def hops_of(runs: _Runs, part: np.ndarray) -> Hops:
         return relayed(Needs(*runs[:4], time.hops - 1 + part), time.hops, devices)
 
-    def add(hops: Hops, what: np.ndarray | int, lane: np.ndarray | int) -> None:
-        what, lane = (np.broadcast_to(x, hops.src.shape) for x in (what, lane))
+    def add(hops: Hops, what: np.ndarray, lane: np.ndarray) -> None:
         tables.append(np.stack([*hops[:5], what, lane, hops.post, hops.need], 1))
 
     for runs, kind in ((queries, What.Q), (keys, What.KV)):
         hops = hops_of(runs, runs.part)
-        add(hops, kind, hops.lane)
+        add(hops, np.full_like(hops.src, kind), input_lane(hops.src, hops.owner))
     for runs, kind in ((home.take(alone), What.DONE), (home.take(~alone), What.OUT)):
         # The way home is that of inputs in a time that runs backwards, in which the last part is the first.
         hops = hops_of(runs, time.parts + 1 - runs.part).mirrored(time.all)
-        add(hops, np.where(hops.dst == hops.owner, kind, What.OUT), HOME_LANE)
+        add(hops, np.where(hops.dst == hops.owner, kind, What.OUT), home_lane(hops.dst, hops.owner))
     table = np.concatenate(tables)
     # A rank serves those after it in turn, so that not all send to one at first.
     turn = (table[:, DST] - table[:, SRC]) % (table[:, [SRC, DST]].max(initial=0) + 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from distattn.parallel import mask as masks
 from distattn.parallel import relays
 from distattn.parallel.assign_cost import Cost
 from distattn.parallel.assignment import Assignment
+from distattn.parallel.comm import PeerError
 from distattn.parallel.layout import Layout
 from distattn.parallel.plan import DST, LANE, NEED, OWNER, POST, SRC, START, STOP, WHAT, Plan, What
 from distattn.parallel.program import compile_program
@@ -117,6 +120,44 @@ def two_servers(hops: int = 1) -> tuple[Plan, Layout]:
     rows = [(0, 0, 0, 8, *whole), (1, 0, 8, 16, *whole), (1, 0, 16, 32, 0, 16), (2, 0, 16, 32, 16, 96)]
     rows += [(1, 1, 0, 32, *whole), (2, 2, 0, 32, *whole)]
     return disaggregate(layout, mask, Assignment(*np.array(rows).T), 1, hops), layout
+
+
+class Counting(Reference):
+    """Counts its forward launches per thread."""
+
+    def __init__(self):
+        self.launches: Counter[str] = Counter()
+
+    def forward(self, *args, **kwargs):
+        result = super().forward(*args, **kwargs)
+        self.launches[threading.current_thread().name] += 1  # a key a thread
+        return result
+
+
+@pytest.mark.parametrize("hops", [1, 2, 3])
+@pytest.mark.parametrize("late", [0, 1])
+def test_messages_travel_while_the_stages_before_their_use_compute(hops, late):
+    """Each is withheld until its receiver has launched all stages before the one that needs it; one launch more would hang."""
+    layout, mask = layouts.contiguous(240, 6), masks.documents([130, 30, 80])
+    plan = disaggregate(layout, mask, random_assignment(layout, 5), 3, hops, Cost(devices=2))
+    problem, backend = make_problem(mask, torch.float64, d=4, d_v=6), Counting()
+    allowed: dict[tuple[int, int, int], list[int]] = {}
+    for rank in range(6):
+        program = compile_program(plan.view(rank), problem.shape)
+        done = np.cumsum([0, *map(len, program.launches)])
+        for batch in (batch for boundary in program.posts for batch in boundary):
+            for message in batch.receives:
+                allowed.setdefault((message.peer, rank, batch.lane), []).append(min(int(done[batch.need]) + late, int(done[-1])))
+
+    def gate(src: int, dst: int, lane: int, number: int) -> bool:
+        wanted = allowed.get((src, dst, lane), ())
+        return number >= len(wanted) or backend.launches[f"rank {dst}"] >= wanted[number]  # the rest is the backward pass
+
+    if late:
+        with pytest.raises(PeerError):
+            on_threads(plan, transpose(plan, "none"), problem, backend, gate=gate, timeout=1.0)
+    else:
+        check(on_threads(plan, transpose(plan, "none"), problem, backend, gate=gate, timeout=20.0), exact(problem), 1e-12)
 
 
 def test_rows_that_one_server_finishes_come_home_in_the_output_dtype():

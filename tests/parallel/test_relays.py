@@ -78,7 +78,7 @@ def test_rows_reach_every_server_once_and_in_time(case, least):
     assert reached == set(use)
     mirrored = found.mirrored(20)
     assert np.all(mirrored.src == found.dst) and np.all(mirrored.post == 20 - found.need)
-    assert np.all((found.lane == FROM_OWNER) == (found.src == found.owner))
+    assert np.all((relays.input_lane(found.src, found.owner) == FROM_OWNER) == (found.src == found.owner))
 
 
 def busiest(transfers: np.ndarray, end: int, world: int) -> float:
