@@ -37,6 +37,7 @@ WAYS = (WHOLE, LEFT, MEASURED)
 SLOWNESS = 2  # times that the slow rank computes everything
 TARGET = 0.90
 WARM = 2  # first steps that do not count: memory is allocated, processes start
+IDLE = 0.9  # of its core that a kernel has on an idle machine, at least
 PROGRESS = 5  # steps between lines that tell how far it is
 COUNTS = ("tokens", "dim", "layers", "heads", "kv_heads", "before", "after")
 
@@ -270,6 +271,13 @@ def print_figures(problem: Problem, figures: dict[str, Any]) -> None:
         )
     false = changes(figures["speeds"][WHOLE]) + changes(figures["speeds"][MEASURED][: problem.before])
     print(f"changes of speed without cause: {false}; with cause: {changes(figures['speeds'][MEASURED][problem.before - 1 :])}")
+    measured = [ranks for way in figures["kernels"].values() for ranks in way]
+    shares = [sum(rank["nanoseconds"] for rank in ranks) / sum(rank["elapsed"] for rank in ranks) for ranks in measured]
+    low = sum(share < IDLE for share in shares)
+    print(
+        f"kernels had {statistics.median(shares):.0%} of their cores (median step), less than {IDLE:.0%} in {low} of "
+        f"{len(shares)} steps"
+    )
     losses = [figures["losses"][way] for way in WAYS]
     apart = max(abs(a - b) / abs(a) for other in losses[1:] for a, b in zip(losses[0], other, strict=True))
     print(f"relative difference of losses, at worst: {apart:.1e}")
