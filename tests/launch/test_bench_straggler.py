@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,10 @@ from distattn.launch.bench_straggler import (
     LEFT,
     MEASURED,
     WHOLE,
+    Held,
     Problem,
     Straggler,
+    busy,
     main,
     parse,
     phases,
@@ -22,7 +27,7 @@ from distattn.launch.bench_straggler import (
 )
 
 ROOT = Path(__file__).parents[2]
-SMALL = Problem(1024, 2, 64, 1, 2, 1, before=8, after=12, beside=0, seed=0, timeout=60.0)
+SMALL = Problem(1024, 2, 64, 1, 2, 1, before=8, after=12, hold=False, beside=0, seed=0, timeout=60.0)
 DENSE, KERNELS = 1.0, 3.0  # seconds of a step
 
 
@@ -62,6 +67,8 @@ def test_what_is_said_of_times_worked_out_by_hand(capsys: pytest.CaptureFixture[
     assert throughput(SMALL, figures, found.slow) == pytest.approx((5 / 7, 2 / 3))
     late = figures_of(relieved=12, late=1.25)
     assert throughput(SMALL, late, found.relieved) == pytest.approx((5 / 6, 4 / 5))
+    held = dataclasses.replace(SMALL, hold=True)
+    assert throughput(held, figures, found.relieved) == pytest.approx(((2 * DENSE + 4) / 5, 4 / 3)), "the dense part is slow too"
     print_figures(SMALL, late)
     said = capsys.readouterr().out
     assert "known after 3 slow steps, relieved after 4" in said
@@ -101,10 +108,30 @@ def test_kernels_run_twice_inside_of_what_is_timed_and_only_while_slow() -> None
         runs.clear()
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the state of a process is read from Linux's /proc")
+def test_another_program_holds_the_core_only_while_slow() -> None:
+    def state_becomes(wanted: str) -> bool:
+        deadline = time.monotonic() + 10
+        while (found := Path(f"/proc/{program.pid}/stat").read_text().rpartition(")")[2].split()[0]) not in wanted:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"the program is in state {found}, not in one of {wanted}")
+        return True
+
+    with busy(1) as (program,):
+        held = Held(program)
+        assert not held.slow and state_becomes("T")
+        held.slow = True
+        assert held.slow and state_becomes("RS")
+        held.slow = False
+        assert state_becomes("T")
+    assert program.returncode == -signal.SIGKILL
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--before", "0"], "--before 0 was asked for"),
+        (["--hold", "--ranks", "4096"], "--hold keeps each of 4096 ranks on a core of its own"),
         (["--beside", "-1"], "--beside -1 was asked for. Pass 0 or more"),
         (["--ranks", "1"], "nothing travels between fewer than 2 ranks"),
         (["--heads", "4", "--kv-heads", "3"], "kv_heads"),
