@@ -5,6 +5,9 @@ step of one stands beside the same step of the others: with no slow rank; with t
 twice from some step on, and nothing done about it; and the same with `speeds: measure`. The first run measures speeds too: what
 it finds there, it finds without cause. The ranks are processes of one thread on the CPU that this program starts and ends: python
 launch/bench_straggler.py needs no torchrun. Use a machine with a core for each rank; --beside loads it with other programs.
+
+With --hold the last rank's kernels do nothing twice, but another program runs on its core, and ranks stay on theirs (Linux). That
+is followed only where it lasts: pass --after 40.
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ import dataclasses
 import io
 import itertools
 import json
+import os
+import signal
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -37,6 +43,7 @@ WAYS = (WHOLE, LEFT, MEASURED)
 SLOWNESS = 2  # times that the slow rank computes everything
 TARGET = 0.90
 WARM = 2  # first steps that do not count: memory is allocated, processes start
+IDLE = 0.9  # of its core that a kernel has on an idle machine, at least
 PROGRESS = 5  # steps between lines that tell how far it is
 COUNTS = ("tokens", "dim", "layers", "heads", "kv_heads", "before", "after")
 
@@ -54,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--kv-heads", type=int, default=2, help="key heads (default: 2)")
     made.add_argument("--before", type=int, default=10, metavar="S", help="steps before the rank turns slow (default: 10)")
     made.add_argument("--after", type=int, default=20, metavar="S", help="steps from then on (default: 20)")
+    made.add_argument("--hold", action="store_true", help="instead of computing twice, the last rank shares its core")
     made.add_argument("--beside", type=int, default=0, metavar="N", help="programs that compute beside the ranks (default: 0)")
     made.add_argument("--seed", type=int, default=0, help="of the documents (default: 0)")
     made.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds that a rank waits for another")
@@ -73,6 +81,7 @@ class Problem:
     kv_heads: int
     before: int
     after: int
+    hold: bool
     beside: int
     seed: int
     timeout: float
@@ -104,6 +113,11 @@ def parse(words: list[str] | None) -> tuple[Problem, Path | None]:
     check_asked(asked, COUNTS, path)
     if asked["beside"] < 0:
         raise ValueError(f"--beside {asked['beside']} was asked for. Pass 0 or more.")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    if asked["hold"] and cores < asked["ranks"]:
+        raise ValueError(
+            f"--hold keeps each of {asked['ranks']} ranks on a core of its own; this system gives {cores} to choose from."
+        )
     problem = Problem(**asked)
     problem.config(Path(), WHOLE)
     return problem, path
@@ -129,6 +143,8 @@ def prepare(problem: Problem, folder: Path) -> None:
 
 def rank_main(rank: int, problem: Problem, folder: str) -> None:
     """One rank: connects and trains. Rank 0 writes the figures down."""
+    if problem.hold:
+        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     with connected(rank, problem.ranks, Path(folder), problem.timeout) as communicator:
         with busy(problem.beside if rank == 0 else 0):
             figures = measure(problem, Path(folder), communicator)
@@ -137,13 +153,11 @@ def rank_main(rank: int, problem: Problem, folder: str) -> None:
 
 
 @contextlib.contextmanager
-def busy(programs: int) -> Iterator[None]:
-    """Other programs that take what they can of a core each."""
-    import subprocess
-
+def busy(programs: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Other programs that take what they can of a core each, of those of this process."""
     running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(programs)]
     try:
-        yield
+        yield running
     finally:
         for program in running:
             program.kill()
@@ -166,6 +180,24 @@ class Straggler:
         return Timed(Twice(backend.backend), backend.stopwatch) if isinstance(backend, Timed) else Twice(backend)
 
 
+class Held:
+    """Another program on the core of a rank, which runs while ``slow``."""
+
+    def __init__(self, program: subprocess.Popen[bytes]) -> None:
+        self.program = program
+        self.slow = False
+
+    @property
+    def slow(self) -> bool:
+        """Whether it runs."""
+        return self._runs
+
+    @slow.setter
+    def slow(self, runs: bool) -> None:
+        self._runs = runs
+        self.program.send_signal(signal.SIGCONT if runs else signal.SIGSTOP)
+
+
 def measure(problem: Problem, folder: Path, communicator: Communicator) -> dict[str, Any]:
     """Of every step of every way: seconds of the slowest rank, and what the ranks' kernels did, where that is measured."""
     import torch
@@ -174,20 +206,21 @@ def measure(problem: Problem, folder: Path, communicator: Communicator) -> dict[
     from distattn.speeds import UNIT
     from distattn.trainer import Trainer
 
-    runs: dict[str, tuple[Trainer, Straggler]] = {}
+    last = communicator.rank == communicator.world - 1
+    runs: dict[str, tuple[Trainer, Straggler | Held]] = {}
     found: dict[str, Any] = {"seconds": {way: [] for way in WAYS}, "kernels": {}, "speeds": {}, "losses": {}}
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # trainers tell of speeds; whose would not be known
+        program = stack.enter_context(busy(int(problem.hold and last)))
         for way in WAYS:
             config = problem.config(folder, way)
             trainer = Trainer(config, make_world(config, torch.device("cpu")))
             stack.callback(trainer.cp.close)
             stack.enter_context(contextlib.closing(trainer.prefetch))
             trainer.begin()
-            runs[way] = trainer, Straggler(trainer.cp)
+            runs[way] = trainer, Held(program[0]) if program else Straggler(trainer.cp)
         for step in range(problem.steps):
             for way, (trainer, straggler) in runs.items():
-                last = communicator.rank == communicator.world - 1
                 straggler.slow = last and way != WHOLE and step >= problem.before
                 communicator.all_gather_bytes(b"")
                 begun = time.perf_counter()
@@ -225,13 +258,15 @@ def phases(problem: Problem, figures: dict[str, Any]) -> Phases:
 def throughput(problem: Problem, figures: dict[str, Any], steps: slice, way: str = MEASURED) -> tuple[float, float]:
     """Throughput over what the remaining speed allows, medians over steps: of the whole step, and of its attention.
 
-    Attention is what kernels of the busiest rank take where no rank is slow; the rest of that step is the same with a slow one.
+    Attention is what kernels of the busiest rank take where no rank is slow; the rest of that step is the same with a slow one,
+    unless its core is held: then it is slow in all it does.
     """
     whole, slow = (figures["seconds"][name][steps] for name in (WHOLE, way))
     kernels = [max(rank["elapsed"] for rank in ranks) / 1e9 for ranks in figures["kernels"][WHOLE][steps]]
     longer = problem.ranks / (problem.ranks - 1 + 1 / SLOWNESS)
-    both = [(w + k * (longer - 1)) / s for w, k, s in zip(whole, kernels, slow, strict=True)]
-    attention = [k * longer / (s - w + k) for w, k, s in zip(whole, kernels, slow, strict=True)]
+    rest = [(w - k) * (SLOWNESS if problem.hold else 1) for w, k in zip(whole, kernels, strict=True)]
+    both = [(r + k * longer) / s for r, k, s in zip(rest, kernels, slow, strict=True)]
+    attention = [k * longer / (s - r) for r, k, s in zip(rest, kernels, slow, strict=True)]
     return statistics.median(both), statistics.median(attention)
 
 
@@ -241,7 +276,7 @@ def print_figures(problem: Problem, figures: dict[str, Any]) -> None:
     print(
         f"{problem.steps} steps of {problem.tokens} tokens on {problem.ranks} ranks, {problem.layers} layers of {problem.dim}, "
         f"heads {problem.heads}:{problem.kv_heads}, float32, torch {figures['torch']}{beside}; rank {problem.ranks - 1} "
-        f"computes its attention {SLOWNESS} times from step {problem.before + 1} on"
+        f"{'shares its core' if problem.hold else f'computes its attention {SLOWNESS} times'} from step {problem.before + 1} on"
     )
     try:
         found = phases(problem, figures)
@@ -270,6 +305,13 @@ def print_figures(problem: Problem, figures: dict[str, Any]) -> None:
         )
     false = changes(figures["speeds"][WHOLE]) + changes(figures["speeds"][MEASURED][: problem.before])
     print(f"changes of speed without cause: {false}; with cause: {changes(figures['speeds'][MEASURED][problem.before - 1 :])}")
+    measured = [ranks for way in figures["kernels"].values() for ranks in way]
+    shares = [sum(rank["nanoseconds"] for rank in ranks) / sum(rank["elapsed"] for rank in ranks) for ranks in measured]
+    low = sum(share < IDLE for share in shares)
+    print(
+        f"kernels had {statistics.median(shares):.0%} of their cores (median step), less than {IDLE:.0%} in {low} of "
+        f"{len(shares)} steps"
+    )
     losses = [figures["losses"][way] for way in WAYS]
     apart = max(abs(a - b) / abs(a) for other in losses[1:] for a, b in zip(losses[0], other, strict=True))
     print(f"relative difference of losses, at worst: {apart:.1e}")

@@ -5,6 +5,7 @@ It gives tails of its longest documents, whose rows buy most pairs, or what its 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isqrt
 from typing import NamedTuple
@@ -109,29 +110,36 @@ def _snap(at: int, source: Source, smallest: int) -> int:
     return min(at, source.stop - smallest)
 
 
-def amounts(sources: list[Source], excess: int, wanted_keys: int) -> list[int]:
-    """How much each source gives, longest documents first, so that together they give ``excess``.
+def amounts(groups: Groups, cells: Cells, giving: np.ndarray, excess: np.ndarray, wanted_keys: int) -> np.ndarray:
+    """How many pairs each of the cells ``giving`` gives, longest documents of a rank first, so that together they give the rank's
+    ``excess`` [world]; int64 [n].
 
     Rows that see fewer than about ``wanted_keys`` keys are worth less than they cost to move, so a document gives those only when
     the others have none better.
     """
-    given = [0] * len(sources)
-    order = sorted(range(len(sources)), key=lambda i: (-sources[i].top, sources[i].cell))
-    floors = [wanted_keys // 2, wanted_keys // 4, wanted_keys // 8, 0]
-    for floor in floors:
-        for i in order:
-            source = sources[i]
-            if floor and source.top <= floor:
-                break  # with no floor, rows whose last one sees nothing have work too
-            available = source.work
-            if floor and source.plain and source.seen <= floor:
-                available = source.strip(source.start + floor + 1 - source.seen).below(WHOLE)
-            more = min(max(available - given[i], 0), excess)
-            given[i] += more
-            excess -= more
-            if not excess:
-                return given
-    return given
+    top = _last_row(groups, cells, giving)
+    order = np.lexsort((giving, -top, cells.rank[giving]))
+    chosen, top = giving[order], top[order]
+    rank, group, first, work = cells.rank[chosen], cells.group[chosen], cells.first[chosen], cells.work[chosen]
+    begin, seen = np.searchsorted(rank, rank, side="left"), _seen(groups, cells, chosen)
+    excess, given = excess.copy(), np.zeros(len(chosen), dtype=np.int64)
+    for floor in (wanted_keys // 2, wanted_keys // 4, wanted_keys // 8, 0):
+        available = work
+        if floor:  # with no floor, rows whose last one sees nothing have work too
+            available = np.where(top > floor, work, 0)
+            some = np.flatnonzero(groups.plain[group] & (seen <= floor) & (top > floor))
+            from_row = first[some] + floor + 1 - seen[some]
+            available[some] -= groups.work_before(group[some], from_row) - groups.work_before(group[some], first[some])
+        more = np.maximum(available - given, 0)
+        before = np.cumsum(more) - more
+        more = np.clip(excess[rank] - (before - before[begin]), 0, more)
+        given += more
+        np.subtract.at(excess, rank, more)
+        if not excess.any():
+            break
+    result = np.zeros(len(chosen), dtype=np.int64)
+    result[order] = given
+    return result
 
 
 class Shed(NamedTuple):
@@ -155,21 +163,16 @@ def shed(groups: Groups, cells: Cells, load: np.ndarray, shares: np.ndarray, wei
     room = room[room > 0]
     typical = int(room[(len(room) - 1) // 2]) if len(room) else 1
     wanted = isqrt(typical * weights.query_row // weights.kv_row)
-    over = np.flatnonzero(load > shares)
     giving = np.flatnonzero((load > shares)[cells.rank])
-    sources = _sources(groups, cells, giving)
-    bounds = np.searchsorted(cells.rank[giving], np.arange(len(load) + 1)).tolist()
+    amount = amounts(groups, cells, giving, np.maximum(load - shares, 0), wanted)
     kept = load.copy()
     pools: dict[int, Pool] = {}
-    for rank in over.tolist():
-        mine = sources[bounds[rank] : bounds[rank + 1]]
-        for source, amount in zip(mine, amounts(mine, int(load[rank] - shares[rank]), wanted), strict=True):
-            if amount:
-                strips = give(source, amount, typical, weights, groups)
-                pools.setdefault(source.group, Pool(source.group, source.plain)).strips += strips
-                kept[rank] -= sum(s.below(WHOLE) for s in strips)
+    for source, pairs in zip(_sources(groups, cells, giving[amount > 0]), amount[amount > 0].tolist(), strict=True):
+        strips = give(source, pairs, typical, weights, groups)
+        pools.setdefault(source.group, Pool(source.group, source.plain)).strips += strips
+        kept[cells.rank[source.cell]] -= sum(s.below(WHOLE) for s in strips)
     held: dict[int, dict[int, int]] = {}
-    touched = np.isin(cells.group, np.array(sorted(pools), dtype=np.int64)) & groups.plain[cells.group]
+    touched = _of_groups(list(pools), groups, cells) & groups.plain[cells.group]
     for source in _sources(groups, cells, np.flatnonzero(touched & (load <= shares)[cells.rank])):
         rank = int(cells.rank[source.cell])
         if _too_dear(source, int(shares[rank] - kept[rank]), weights):
@@ -179,6 +182,8 @@ def shed(groups: Groups, cells: Cells, load: np.ndarray, shares: np.ndarray, wei
             mine_held = held.setdefault(source.group, {})
             mine_held[rank] = max(mine_held.get(rank, 0), source.before + source.stop - source.start)
     light = groups.plain[cells.group] & ~touched & (load <= shares)[cells.rank]
+    dear = light & (_saved(groups, cells, weights) > 0)
+    light &= _of_groups(cells.group[dear], groups, cells)
     visits = _visits(_sources(groups, cells, np.flatnonzero(light)), cells, shares, kept, weights)
     return Shed(*_gathered(pools, shares, typical, cells, groups), kept, visits, held)
 
@@ -187,7 +192,7 @@ def _visits(sources: list[Source], cells: Cells, shares: np.ndarray, kept: np.nd
     """Rows that go to the rank that holds the rows before them, and has the keys, where that is cheaper than all those keys.
 
     Args:
-        sources: all cells of ranks that give nothing away, of documents that are not cut.
+        sources: cells of ranks that give nothing away, of documents that are not cut and have rows for which it might be.
         kept: is changed by what goes.
     """
     saved = {s.cell: weights.kv_row * s.before - weights.query_row * (s.stop - s.start) for s in sources if s.before}
@@ -235,11 +240,39 @@ def _gathered(
     return big, short
 
 
+def _of_groups(some: Sequence[int] | np.ndarray, g: Groups, c: Cells) -> np.ndarray:
+    """Whether each cell is of one of these groups, bool [cells]."""
+    chosen = np.zeros(len(g), dtype=bool)
+    chosen[some] = True
+    return chosen[c.group]
+
+
+def _seen(g: Groups, c: Cells, chosen: np.ndarray | slice) -> np.ndarray:
+    """Keys that the first row of each cell sees, in plain groups; int64 [n]."""
+    group = c.group[chosen]
+    return c.first[chosen] - g.first[group] + g.lead[group]
+
+
+def _before(g: Groups, c: Cells, chosen: np.ndarray | slice) -> np.ndarray:
+    """Keys of the group in front of the cells' own rows, in plain groups; int64 [n]."""
+    group = c.group[chosen]
+    return np.clip(c.first[chosen] - g.k0[group], 0, np.minimum(g.keys[group], _seen(g, c, chosen)))
+
+
+def _saved(g: Groups, c: Cells, weights: Weights) -> np.ndarray:
+    """Weight of the keys in front of each cell above that of its rows: more than 0 where the rows might rather travel."""
+    before = _before(g, c, slice(None))
+    return np.where(before > 0, weights.kv_row * before - weights.query_row * (c.stop - c.first), 0)
+
+
+def _last_row(g: Groups, c: Cells, chosen: np.ndarray) -> np.ndarray:
+    """Pairs of the last row of each cell, int64 [n]."""
+    group, stop = c.group[chosen], c.stop[chosen]
+    return g.work_before(group, stop) - g.work_before(group, stop - 1)
+
+
 def _sources(g: Groups, c: Cells, chosen: np.ndarray) -> list[Source]:
     """The cells numbered ``chosen``."""
-    group, first, stop = c.group[chosen], c.first[chosen], c.stop[chosen]
-    seen = first - g.first[group] + g.lead[group]
-    before = np.clip(first - g.k0[group], 0, np.minimum(g.keys[group], seen))
-    last = g.work_before(group, stop) - g.work_before(group, stop - 1)
-    columns = (chosen, group, first, stop, c.work[chosen], g.plain[group], seen, g.keys[group], before, last)
+    group, seen, before, last = c.group[chosen], _seen(g, c, chosen), _before(g, c, chosen), _last_row(g, c, chosen)
+    columns = (chosen, group, c.first[chosen], c.stop[chosen], c.work[chosen], g.plain[group], seen, g.keys[group], before, last)
     return [Source(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]

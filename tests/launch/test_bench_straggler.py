@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,10 @@ from distattn.launch.bench_straggler import (
     LEFT,
     MEASURED,
     WHOLE,
+    Held,
     Problem,
     Straggler,
+    busy,
     main,
     parse,
     phases,
@@ -22,7 +27,7 @@ from distattn.launch.bench_straggler import (
 )
 
 ROOT = Path(__file__).parents[2]
-SMALL = Problem(1024, 2, 64, 1, 2, 1, before=8, after=12, beside=0, seed=0, timeout=60.0)
+SMALL = Problem(1024, 2, 64, 1, 2, 1, before=8, after=12, hold=False, beside=0, seed=0, timeout=60.0)
 DENSE, KERNELS = 1.0, 3.0  # seconds of a step
 
 
@@ -34,7 +39,7 @@ def figures_of(relieved: int, late: float = 1.0) -> dict[str, Any]:
         share = 1 / 3 if way == MEASURED and step >= relieved else 1 / 2
         slow = 2 if way != WHOLE and step >= SMALL.before else 1
         return [
-            {"work": 2 * KERNELS * part, "elapsed": 2 * KERNELS * part * times * 1e9}
+            {"work": 2 * KERNELS * part, "nanoseconds": KERNELS * part * times * 1e9, "elapsed": 2 * KERNELS * part * times * 1e9}
             for part, times in ((1 - share, 1), (share, slow))
         ]
 
@@ -50,6 +55,7 @@ def figures_of(relieved: int, late: float = 1.0) -> dict[str, Any]:
     }
     speeds = {WHOLE: [[1.0, 1.0]] * SMALL.steps, MEASURED: [[1.0, 0.5 if step >= relieved - 2 else 1.0] for step in steps]}
     losses = {way: [1.0] * SMALL.steps for way in found}
+    del found[LEFT]  # which nobody measures
     return {"seconds": seconds, "kernels": found, "speeds": speeds, "losses": losses, "torch": "2", "command": "bench"}
 
 
@@ -61,10 +67,13 @@ def test_what_is_said_of_times_worked_out_by_hand(capsys: pytest.CaptureFixture[
     assert throughput(SMALL, figures, found.slow) == pytest.approx((5 / 7, 2 / 3))
     late = figures_of(relieved=12, late=1.25)
     assert throughput(SMALL, late, found.relieved) == pytest.approx((5 / 6, 4 / 5))
+    held = dataclasses.replace(SMALL, hold=True)
+    assert throughput(held, figures, found.relieved) == pytest.approx(((2 * DENSE + 4) / 5, 4 / 3)), "the dense part is slow too"
     print_figures(SMALL, late)
     said = capsys.readouterr().out
     assert "known after 3 slow steps, relieved after 4" in said
     assert "relieved: 0.80 of the attention that the remaining speed allows (target when relieved 0.90), 0.83 of the step" in said
+    assert "kernels had 50% of their cores (median step), less than 90% in 40 of 40 steps" in said
     assert "never relieved: 0.67 of the attention" in said and "changes of speed without cause: 0; with cause: 1" in said
 
 
@@ -99,10 +108,30 @@ def test_kernels_run_twice_inside_of_what_is_timed_and_only_while_slow() -> None
         runs.clear()
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the state of a process is read from Linux's /proc")
+def test_another_program_holds_the_core_only_while_slow() -> None:
+    def state_becomes(wanted: str) -> bool:
+        deadline = time.monotonic() + 10
+        while (found := Path(f"/proc/{program.pid}/stat").read_text().rpartition(")")[2].split()[0]) not in wanted:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"the program is in state {found}, not in one of {wanted}")
+        return True
+
+    with busy(1) as (program,):
+        held = Held(program)
+        assert not held.slow and state_becomes("T")
+        held.slow = True
+        assert held.slow and state_becomes("RS")
+        held.slow = False
+        assert state_becomes("T")
+    assert program.returncode == -signal.SIGKILL
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--before", "0"], "--before 0 was asked for"),
+        (["--hold", "--ranks", "4096"], "--hold keeps each of 4096 ranks on a core of its own"),
         (["--beside", "-1"], "--beside -1 was asked for. Pass 0 or more"),
         (["--ranks", "1"], "nothing travels between fewer than 2 ranks"),
         (["--heads", "4", "--kv-heads", "3"], "kv_heads"),
