@@ -115,6 +115,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
             axes.axhline(1.05, color="grey", linewidth=0.5)
             axes.set(title=f"{model}, {kind} to {length >> 10}k", xscale="log", ylim=(1.0, 2.5))
             axes.set_xticks([r["world"] for r in rows], [str(r["world"]) for r in rows])
+            axes.minorticks_off()
     panels[0, 0].legend(fontsize=7)
     figure.supxlabel("devices")
     figure.supylabel("step time over perfect balance, simulated")
