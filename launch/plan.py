@@ -191,7 +191,8 @@ def configuration(decision: Decision) -> str:
         "laps": s.laps,
         "hops": s.hops,
     }
-    return " ".join(f"parallel.{key}={value}" for key, value in named.items() if value not in (None, 1))
+    said = {key: value for key, value in named.items() if value is not None and (key, value) != ("ulysses", 1)}
+    return " ".join(f"parallel.{key}={value}" for key, value in said.items())
 
 
 def write(asked: argparse.Namespace, decision: Decision, mask: Mask, shape: Shape) -> None:

@@ -65,6 +65,8 @@ def assign(
     Raises:
         ValueError: an argument that makes no sense, or a limit that cannot be kept; names it, and what can be kept.
     """
+    if hops is not None and hops not in (1, 2, 3):
+        raise ValueError(f"hops is {hops!r}. Pass 1, 2 or 3, that rows will take, or None for as many as are faster.")
     parts = _parts(layout.world, servers, speeds)
     _check(layout, mask, smallest, tolerance, receive_rows)
     groups = Groups.of(mask)

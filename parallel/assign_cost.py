@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +40,14 @@ class Cost:
     near_seconds: float = 0.0
     far_seconds: float = 0.0
     devices: int = 0
+
+    def __post_init__(self) -> None:
+        seconds = (self.pair_seconds, self.near_seconds, self.far_seconds)
+        if not all(map(math.isfinite, seconds)) or self.pair_seconds <= 0 or min(seconds) < 0 or self.devices < 0:
+            raise ValueError(
+                f"A cost has pair_seconds above 0, and near_seconds, far_seconds and devices of 0 or more. Found pair_seconds="
+                f"{self.pair_seconds}, near_seconds={self.near_seconds}, far_seconds={self.far_seconds}, devices={self.devices}."
+            )
 
     @property
     def has_links(self) -> bool:

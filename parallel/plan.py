@@ -51,7 +51,9 @@ TASK = ("stage", "rank", "q_owner", "q_start", "q_stop", "kv_owner", "kv_start",
 STAGE, RANK, Q_OWNER, Q_START, Q_STOP, KV_OWNER, KV_START, KV_STOP = range(8)
 TRANSFER = ("src", "dst", "owner", "start", "stop", "what", "lane", "post", "need")
 SRC, DST, OWNER, START, STOP, WHAT, LANE, POST, NEED = range(9)
-HOME_LANE = 2  # what goes home: partial results and gradients; 0 is the inner ring's, 1 the outer ring's, 3 the head exchange's
+# What goes home: partial results and gradients. 0 is the inner ring's, or for what servers pass on; 1 the outer ring's, or for
+# what owners send; 3 the head exchange's.
+HOME_LANE = 2
 POOL = -1  # in the place of an owner: the foreign rows of all owners, which a pooled plan stores together
 KEPT = ("rank", "owner", "start", "stop", "what")  # runs that a backward plan finds on its ranks from the forward pass
 
@@ -111,7 +113,7 @@ class Plan:
         quiet: last stages of a forward plan in which nobody works on rows of others: partial results are on their way home.
         pooled: a rank stores the foreign rows of a kind in one buffer, whoever owns them, so that all tasks of a stage run in at
             most four launches: own or foreign queries on own or foreign keys. Else a buffer and launches for each owner.
-        node_devices: ranks of a node, where the schedule has shared rows out by nodes; 0: it has not.
+        node_devices: ranks of a node that the schedule was told of; 0: of none.
         bands_of: the one rank whose tasks have their bands, where a schedule was asked for no more; None: all have.
     """
 

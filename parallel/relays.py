@@ -17,6 +17,7 @@ from distattn.parallel.plan import HOME_LANE
 
 PASSED_ON, FROM_OWNER = 0, 1  # lanes: what others pass on or merge waits for nothing that is needed later
 LEAST = 512  # rows of a part: smaller messages cost more than they save
+MOST = 8  # parts of rows that the same servers need: more even nothing out, and a plan would have that many more transfers
 STRAIGHT, SHARED, IN_NODES = 1, 2, 3  # hops
 
 
@@ -64,14 +65,27 @@ def relayed(needs: Needs, hops: int, devices: int = 0) -> Hops:
 
     Args:
         needs: each ``use`` at least ``hops``.
-        hops: 1: straight from the owner. 2: rows that several servers need are shared out among them. 3: they reach each node
-            once, and are shared out in it with the last hop.
-        devices: ranks of a node, for 3 hops; 0: each is in one of its own.
+        hops: 1: straight from the owner. 2: rows that several servers need are shared out among them. 3: they reach each other
+            node once, and are shared out in it with the last hop; in the owner's own node they come straight.
+        devices: ranks of a node, for 3 hops.
     """
-    assert (needs.use >= hops).all()
-    if hops == STRAIGHT or not len(needs.server):
-        zero = np.zeros_like(needs.use)
-        return _joined(Hops(needs.owner, needs.server, needs.owner, needs.start, needs.stop, zero, needs.use))
+    assert (needs.use >= hops).all() and (hops < IN_NODES or devices > 1)
+    if hops == IN_NODES:
+        near = needs.server // devices == needs.owner // devices
+        ways = _straight(needs.take(near)), _shared(needs.take(~near), hops, devices)
+        return Hops(*(np.concatenate(columns) for columns in zip(*ways, strict=True)))
+    return _straight(needs) if hops == STRAIGHT else _shared(needs, hops, devices)
+
+
+def _straight(needs: Needs) -> Hops:
+    zero = np.zeros_like(needs.use)
+    return _joined(Hops(needs.owner, needs.server, needs.owner, needs.start, needs.stop, zero, needs.use))
+
+
+def _shared(needs: Needs, hops: int, devices: int) -> Hops:
+    """Of 2 and 3 hops; no server is in its owner's node then."""
+    if not len(needs.server):
+        return _straight(needs)
     same, one = groups(needs.server, needs.owner, needs.use)
     whole = union(Intervals(same, needs.start, needs.stop))
     server, owner, use = (column[one][whole.key] for column in (needs.server, needs.owner, needs.use))
@@ -82,18 +96,18 @@ def relayed(needs: Needs, hops: int, devices: int = 0) -> Hops:
     server, owner, use, low, high, cell = (x[order] for x in (server, owner, use, low, high, cell))
     begin = np.searchsorted(cell, np.arange(int(cell.max()) + 1))  # the pieces of a cell stand together
     count = np.diff(np.append(begin, len(cell)))
-    parts = np.clip((high - low)[begin] // LEAST, 1, count)
-    # Part i of a cell is led by its i-th server; every server of the cell needs every part.
+    parts = np.minimum(np.clip((high - low)[begin] // LEAST, 1, MOST), count)
+    # Each part of a cell is led by one of its servers, in turns; every server of the cell needs every part.
     piece, part = expand(np.zeros_like(cell), parts[cell])
     at = cell[piece]
     first = low[piece] + (high - low)[piece] * part // parts[at]
     last = low[piece] + (high - low)[piece] * (part + 1) // parts[at]
-    leader = begin[at] + (part + at) % count[at]  # of cells with few parts not always the same ones lead
+    leader = begin[at] + (at * parts[at] + part) % count[at]
     soonest = np.minimum.reduceat(use, begin)[at]
     lead = np.minimum(use[leader], soonest - hops + 1)
     lead = np.where(count[at] == 1, use[leader], lead)  # nobody to pass it on to
     src, need, held = server[leader], use[piece], lead
-    if hops >= IN_NODES and devices > 1:
+    if hops == IN_NODES:
         src, need, held = _in_nodes(server, use, cell, piece, part, leader, lead, soonest, devices)
     leads = leader == piece
     src = np.where(leads, owner[piece], src)

@@ -9,7 +9,7 @@ import numpy as np
 
 from distattn.parallel.simulate import COMPUTE, Simulation, Timeline
 
-LANES = ("lane 0, inner ring", "lane 1, outer ring or gather", "lane 2, homecoming", "lane 3, head exchange")
+LANES = ("lane 0, inner ring or passed on", "lane 1, outer ring or from owners", "lane 2, homecoming", "lane 3, head exchange")
 
 
 def chrome_trace(simulation: Simulation, ranks: Sequence[int] | None = None) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Stages run in reverse order and transfers are reversed: where kv went out dkv comes home, where q went out dq comes home,
 where out came home dout goes out. Inputs that a rank no longer holds travel again, along the forward chain run backwards
-(each rank hands its copy to the one that it had it from) or, where the chain has no holder, straight from their owner.
+(each rank hands its copy to the one that it had it from) or, where the chain has no holder, straight from their owner. Where
+servers share rows out among themselves (relays.py) keys are shared out anew, by when they are needed in this pass.
 """
 
 from __future__ import annotations

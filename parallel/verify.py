@@ -19,6 +19,7 @@ from distattn.parallel.plan import (
     KV_OWNER,
     KV_START,
     KV_STOP,
+    LANE,
     NEED,
     OWNER,
     POST,
@@ -41,6 +42,7 @@ from distattn.parallel.schedule import Schedule
 from distattn.parallel.schedules import SCHEDULES
 from distattn.parallel.shape import Shape
 from distattn.parallel.statistics import peak_buffer_rows
+from distattn.parallel.workload import EXCHANGE_LANE
 
 
 class PlanError(ValueError):
@@ -69,7 +71,7 @@ def verify(plan: Plan | Sequence[Plan]) -> None:
         raise ValueError("One rank's view alone cannot be verified: pass the whole plan or the views of all ranks.")
     if malformed := _first(_malformed(plan)):
         raise PlanError(findings + malformed)
-    for check in (_cover, _inputs_in_time, _sums_go_home, _done_alone, _buffers):
+    for check in (_cover, _inputs_in_time, _sums_go_home, _done_alone, _mixed_messages, _buffers):
         findings += _first(check(plan))
     if findings:
         raise PlanError(findings)
@@ -142,6 +144,12 @@ def _first(findings: Iterator[str], most: int = 4) -> list[str]:
 def _malformed(plan: Plan) -> Iterator[str]:
     """Rows outside of shards, stages that do not exist, transfers to oneself."""
     tasks, t, rows = plan.tasks, plan.transfers, plan.layout.rows_all
+    known = {SRC: plan.world, DST: plan.world, OWNER: plan.world, WHAT: len(What), LANE: EXCHANGE_LANE}
+    for column, most in known.items():
+        for i in np.flatnonzero((t[:, column] < 0) | (t[:, column] >= most)):
+            yield f"transfer {i} has {TRANSFER[column]} {t[i, column]}, which must be 0 to {most - 1}"
+    if any(((t[:, column] < 0) | (t[:, column] >= most)).any() for column, most in known.items()):
+        return
     for start, stop, owner in ((Q_START, Q_STOP, Q_OWNER), (KV_START, KV_STOP, KV_OWNER)):
         for i in np.flatnonzero((tasks[:, start] < 0) | (tasks[:, stop] > rows[tasks[:, owner]])):
             run = Rows(*tasks[i, owner : owner + 3])
@@ -354,6 +362,20 @@ def _done_alone(plan: Plan) -> Iterator[str]:
         rows = Rows(owner[piece[at]], lo[at], hi[at])
         other = "its own part of them" if worked[g] else "another result of them"
         yield f"{rows} come home as finished, but rank {rows.owner} has {other}"
+
+
+def _mixed_messages(plan: Plan) -> Iterator[str]:
+    """In a pooled plan a message carries rows of one kind of owner: else its two ends would lay them out in different ways."""
+    t = plan.transfers
+    if not plan.pooled or not len(t):
+        return
+    whose = np.where(t[:, OWNER] == t[:, SRC], 0, np.where(t[:, OWNER] == t[:, DST], 1, 2))
+    message, first = groups(*(t[:, c] for c in (SRC, DST, LANE, POST, NEED, WHAT)))
+    low, high = np.full(len(first), 2), np.zeros(len(first), dtype=np.int64)
+    np.minimum.at(low, message, whose)
+    np.maximum.at(high, message, whose)
+    for i in first[low != high]:
+        yield f"{plan.transfer(int(i))}: its message carries rows of others too, whom one end stores together with them"
 
 
 def _buffers(plan: Plan) -> Iterator[str]:

@@ -25,7 +25,8 @@ from distattn.parallel.relays import IN_NODES, SHARED, STRAIGHT, Hops, Needs, ho
 from distattn.parallel.schedules.pace import Time, Work, in_parts, in_slices
 from distattn.parallel.strategy import Balance
 
-PARTS = 3, 6  # straight, with relays
+PARTS, PARTS_RELAYED = 3, 6
+MOST_PARTS = 64
 FIRST_HOP = 0.6  # of the time of the first rows on their way that is filled with own work: simulated, more and less are slower
 GAIN = 2  # times less for the busiest owner to send and get: then relays are worth the stages that they take
 
@@ -66,26 +67,23 @@ def disaggregate(
         cost: what rows weigh, which ranks share a node, and how long rows travel; None: its default.
 
     Raises:
-        ValueError: a striped layout, less than one part, or hops other than 1 to 3.
+        ValueError: a striped layout, parts below 1 or above 64, hops other than 1 to 3, or 3 where costs know of no nodes.
     """
-    for name, what, value, most in (("stages", " parts", stages, None), ("hops", "", hops, IN_NODES)):
-        if value is not None and (not isinstance(value, (int, np.integer)) or value < 1 or (most and value > most)):
-            few = f"of 1 to {most}" if most else "of 1 or more"
-            raise ValueError(f"disaggregate was asked for with {name} = {value!r}{what}. Pass a whole number {few}, or None.")
     cost = cost or Cost()
+    _check(layout.world, stages, hops, cost)
     check_step(layout)
     work = _placed(layout, mask, assignment)
     assert areas(work.bands).sum() == mask.bands.area, "an assignment covers every visible pair exactly once"
     own = (work.server == work.q_owner) & (work.server == work.kv_owner)
     inside, across = work.take(own), work.take(~own)
     hops = int(hops or _hops(layout.world, across, cost))
-    time = Time(hops, int(stages or PARTS[hops > STRAIGHT])) if len(across.run) else Time(0, 1)
+    time = Time(hops, int(stages or (PARTS if hops == STRAIGHT else PARTS_RELAYED))) if len(across.run) else Time(0, 1)
     across, part = in_parts(across, time.parts)
     queries, keys = _runs(across, part, across.q_owner, Q0), _runs(across, part, across.kv_owner, K0)
     results = _runs(across, part, across.q_owner, Q0, last=True)
     inside, when = in_slices(inside, across, layout.world, time, _first_hop(queries, keys, layout.world, cost))
     tasks, task_of_band, bands = _tasks(layout, inside, when, across, part + time.hops - 1)
-    finished = _finished(results, work, hops > STRAIGHT)
+    finished = _finished(results, work, hops, cost.devices)
     received = np.zeros(layout.world, dtype=np.int64)
     for runs, kinds in ((queries, 2), (keys, 1)):
         np.add.at(received, runs.server, kinds * (runs.stop - runs.start))
@@ -105,6 +103,21 @@ def disaggregate(
         pooled=True,
         node_devices=cost.devices,
     )
+
+
+def _check(world: int, stages: int | None, hops: int | None, cost: Cost) -> None:
+    for name, what, value, most in (("stages", " parts", stages, MOST_PARTS), ("hops", "", hops, IN_NODES)):
+        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if value is not None and not (whole and 1 <= value <= most):
+            raise ValueError(
+                f"disaggregate was asked for with {name} = {value!r}{what}. Pass a whole number of 1 to {most}, or None."
+            )
+    if hops == IN_NODES and not 1 < cost.devices < world:
+        found = f"all {world} ranks in one node" if cost.devices >= world else "each rank in a node of its own"
+        raise ValueError(
+            f"hops={IN_NODES} brings rows to each node once, but the costs have {found}. Pass hops=2, or costs of a cluster with "
+            "several nodes of several ranks (Balance.of(shape, cluster), parallel.cluster)."
+        )
 
 
 def balanced(layout: Layout, mask: Mask, balance: Balance, backward: bool = False, hops: int | None = None) -> Assignment:
@@ -222,23 +235,20 @@ def _runs(across: Work, part: np.ndarray, owner: np.ndarray, column: int, last: 
     return _Runs(server[of], owner[of], runs.start, runs.stop, runs.key % most)
 
 
-def _finished(results: _Runs, work: Work, relayed: bool) -> tuple[np.ndarray, _Runs]:
-    """(whether all of a run comes home in one result that its owner adds nothing to, the runs cut where that changes).
-
-    ``relayed``: servers merge what several of them make of a row, before it comes home.
-    """
+def _finished(results: _Runs, work: Work, hops: int, devices: int) -> tuple[np.ndarray, _Runs]:
+    """(whether all of a run comes home in one result that its owner adds nothing to, the runs cut where that changes)."""
     touched = Intervals(work.q_owner, work.bands[:, Q0], work.bands[:, Q1])
     (run, low, high), (band, band_low, _) = cut(Intervals(results.owner, results.start, results.stop), touched)
     cell, first = groups(np.concatenate([results.owner[run], work.q_owner[band]]), np.concatenate([low, band_low]))
-    at, server = cell[len(run) :], work.server[band]
-    if relayed:
-        done = np.bincount(at[server == work.q_owner[band]], minlength=len(first)) == 0
-    else:
-        least, most = np.full(len(first), np.iinfo(np.int64).max), np.full(len(first), -1)
-        np.minimum.at(least, at, server)
-        np.maximum.at(most, at, server)
-        done = least == most
-    joined = union(Intervals(run * 2 + done[cell[: len(run)]], low, high))
+    at, server, owner = cell[len(run) :], work.server[band], work.q_owner[band]
+    straight = server == owner if hops > STRAIGHT else np.ones(len(server), dtype=bool)
+    if hops == IN_NODES:
+        straight |= server // devices == owner // devices
+    source = np.where(straight, server, -1)  # who relay rows merge what they make of them
+    least, most = np.full(len(first), np.iinfo(np.int64).max), np.full(len(first), -2)
+    np.minimum.at(least, at, source)
+    np.maximum.at(most, at, source)
+    joined = union(Intervals(run * 2 + (least == most)[cell[: len(run)]], low, high))
     of = joined.key // 2
     return joined.key % 2 == 1, _Runs(results.server[of], results.owner[of], joined.start, joined.stop, results.part[of])
 

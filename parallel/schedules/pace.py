@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distattn.kernels.bands import K0, K1, Q0, Q1, areas, clip
+from distattn.kernels.bands import INF, K0, K1, Q0, Q1, areas, clip
 from distattn.parallel.intervals import Intervals, groups, union
 
 TILE = 128  # rows at multiples of which runs are cut
@@ -77,7 +77,7 @@ def _in_row_blocks(across: Work, blocks: int) -> tuple[Work, np.ndarray]:
     low, high = np.full(n, np.iinfo(np.int64).max), np.zeros(n, dtype=np.int64)
     np.minimum.at(low, number, bands[:, Q0])
     np.maximum.at(high, number, bands[:, Q1])
-    first_half = clip(bands, 0, ((low + high) // 2)[number], 0, 1 << 60)
+    first_half = clip(bands, 0, ((low + high) // 2)[number], 0, INF)
     area, half = (np.bincount(number, weights=areas(some), minlength=n) for some in (bands, first_half))
     server = across.server[first]
     before = np.cumsum(area) - area
@@ -111,10 +111,10 @@ def _in_key_blocks(across: Work, blocks: int) -> tuple[Work, np.ndarray, np.ndar
 
 def _cut(work: Work, ends: list[np.ndarray], by_keys: bool) -> tuple[Work, np.ndarray, np.ndarray]:
     """Bands cut at rising rows or keys [bands] each: (pieces, number of the piece, band that it is of)."""
-    far = np.full(len(work.run), 1 << 60)
+    far = np.full(len(work.run), INF)
     pieces = []
     for low, high in pairwise([np.zeros_like(far), *ends, far]):
-        pieces.append(clip(work.bands, 0, 1 << 60, low, high) if by_keys else clip(work.bands, low, high, 0, 1 << 60))
+        pieces.append(clip(work.bands, 0, INF, low, high) if by_keys else clip(work.bands, low, high, 0, INF))
     kept = [np.flatnonzero(p[:, Q0] < p[:, Q1]) for p in pieces]
     of = np.concatenate(kept)
     bands = np.concatenate([p[some] for p, some in zip(pieces, kept, strict=True)])
@@ -124,8 +124,9 @@ def _cut(work: Work, ends: list[np.ndarray], by_keys: bool) -> tuple[Work, np.nd
 def in_slices(inside: Work, across: Work, world: int, time: Time, most: int | None) -> tuple[Work, np.ndarray]:
     """Bands of own rows cut up for all stages, so that these last about as long on every rank: (bands, their stages).
 
-    What is passed on waits for the stage before it to end, at both ends. So a rank's own work fills the stages in which nobody
-    works on rows of others up to the mean of all stages, and what is left goes evenly into the others.
+    What is passed on waits for the stage before it to end, at both ends. With relays a rank's own work therefore fills the stages
+    in which nobody works on rows of others up to ``most`` pairs or the mean of all stages, and what is left goes evenly into the
+    others; straight, all of it goes into the first and the last.
     """
     order = np.lexsort((inside.bands[:, Q0], inside.server))
     inside = inside.take(order)
@@ -143,13 +144,13 @@ def in_slices(inside: Work, across: Work, world: int, time: Time, most: int | No
         outer = np.minimum(outer, mean if most is None else min(mean, most))
     inner = (own - 2 * time.hops * outer) // time.parts
     height = inside.bands[:, Q1] - inside.bands[:, Q0]
-    half = areas(clip(inside.bands, 0, inside.bands[:, Q0] + height // 2, 0, 1 << 60))
+    half = areas(clip(inside.bands, 0, inside.bands[:, Q0] + height // 2, 0, INF))
     at, limit, pieces = inside.bands[:, Q0], begins, []
     for stage in range(time.all):
         limit = limit + (inner if time.hops <= stage < time.hops + time.parts else outer)
         share = _rows_with(limit[inside.server] - (done - area), area, half)
         end = inside.bands[:, Q0] + np.rint(height * share).astype(np.int64) if stage < time.all - 1 else inside.bands[:, Q1]
-        pieces.append(clip(inside.bands, at, end, 0, 1 << 60))
+        pieces.append(clip(inside.bands, at, end, 0, INF))
         at = end
     kept = [np.flatnonzero(p[:, Q0] < p[:, Q1]) for p in pieces]
     columns = [np.concatenate([column[some] for some in kept]) for column in inside[1:]]

@@ -68,7 +68,8 @@ def cases(draw):
     world, n, seed = draw(st.integers(1, 6)), draw(st.integers(0, 50)), draw(st.integers(0, 999))
     mask = make_mask(draw(st.sampled_from(MASKS)), n, seed)
     layout = make_layout(draw(st.sampled_from(["contiguous", "zigzag", "document_zigzag"])), mask, world, draw(st.booleans()))
-    stages, hops, cost = draw(st.integers(1, 3)), draw(st.integers(1, 3)), Cost(devices=draw(st.sampled_from([0, 2, 3])))
+    stages, devices = draw(st.integers(1, 3)), draw(st.sampled_from([0, 2, 3]))
+    hops, cost = draw(st.integers(1, 3 if 1 < devices < world else 2)), Cost(devices=devices)
     return disaggregate(layout, mask, random_assignment(layout, seed), stages, hops, cost), mask
 
 
@@ -192,14 +193,25 @@ def test_rows_of_several_servers_are_merged_on_the_way_and_come_home_finished():
     home = t[t[:, WHAT] >= What.OUT][:, [SRC, DST, START, STOP, WHAT]].tolist()
     assert sorted(home) == [
         [1, 0, 8, 16, What.DONE],
-        [1, 0, 24, 32, What.DONE],
-        [1, 2, 16, 24, What.OUT],
-        [2, 0, 16, 24, What.DONE],
-        [2, 1, 24, 32, What.OUT],
+        [1, 0, 16, 24, What.DONE],
+        [1, 2, 24, 32, What.OUT],
+        [2, 0, 24, 32, What.DONE],
+        [2, 1, 16, 24, What.OUT],
     ]
     back = transpose(plan, "none").transfers
     dout = back[back[:, WHAT] == What.DOUT][:, [SRC, DST, START, STOP]].tolist()
-    assert sorted(dout) == [[0, 1, 8, 16], [0, 1, 24, 32], [0, 2, 16, 24], [1, 2, 24, 32], [2, 1, 16, 24]], "each row once"
+    assert sorted(dout) == [[0, 1, 8, 16], [0, 1, 16, 24], [0, 2, 24, 32], [1, 2, 16, 24], [2, 1, 24, 32]], "each row once"
+
+
+def test_verify_names_messages_that_their_ends_lay_out_in_different_ways():
+    """One end keeps its own rows apart from those of others, the other end stores both together."""
+    plan, _ = two_servers(hops=2)
+    wrong = plan.transfers.copy()
+    passed = np.flatnonzero((wrong[:, WHAT] == What.Q) & (wrong[:, SRC] != 0))[0]
+    own = wrong[passed].copy()
+    own[OWNER], own[START], own[STOP] = own[SRC], 0, 1
+    with pytest.raises(PlanError, match="its message carries rows of others too"):
+        verify(Plan(**{**plan.__dict__, "transfers": np.concatenate([wrong, own[None]])}))
 
 
 def test_verify_names_rows_that_are_not_finished():
@@ -214,7 +226,7 @@ def test_verify_names_rows_that_are_not_finished():
     wrong[(wrong[:, WHAT] == What.OUT) & (wrong[:, SRC] == 2), WHAT] = What.DONE
     with pytest.raises(PlanError, match="from rank 2 to rank 1 .*only their owner takes rows as finished"):
         verify(Plan(**{**relayed.__dict__, "transfers": wrong}))
-    own = wrong = plan.transfers.copy()
+    own = plan.transfers.copy()
     own[(own[:, WHAT] == What.DONE), STOP] -= 1  # and the row that is left has nowhere to go
     with pytest.raises(PlanError, match="never goes home"):
         verify(Plan(**{**plan.__dict__, "transfers": own}))
@@ -280,5 +292,10 @@ def test_striped_rows_are_refused():
         disaggregate(layout, mask, random_assignment(layout, 0))
     with pytest.raises(ValueError, match="stages = 0 parts"):
         disaggregate(layouts.contiguous(64, 4), mask, random_assignment(layouts.contiguous(64, 4), 0), 0)
-    with pytest.raises(ValueError, match="hops = 4. Pass a whole number of 1 to 3"):
-        disaggregate(layouts.contiguous(64, 4), mask, random_assignment(layouts.contiguous(64, 4), 0), hops=4)
+    found = random_assignment(layouts.contiguous(64, 4), 0)
+    for wrong, named in (({"hops": 4}, "hops = 4. Pass a whole number of 1 to 3"), ({"stages": True}, "stages = True parts")):
+        with pytest.raises(ValueError, match=named):
+            disaggregate(layouts.contiguous(64, 4), mask, found, **wrong)
+    for devices, named in ((0, "each rank in a node of its own"), (8, "all 4 ranks in one node")):
+        with pytest.raises(ValueError, match=f"hops=3 .* the costs have {named}. Pass hops=2"):
+            disaggregate(layouts.contiguous(64, 4), mask, found, hops=3, cost=Cost(devices=devices))
