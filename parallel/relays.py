@@ -17,7 +17,7 @@ from distattn.parallel.plan import HOME_LANE
 
 PASSED_ON, FROM_OWNER = 0, 1  # lanes: what others pass on or merge waits for nothing that is needed later
 LEAST = 512  # rows of a part: smaller messages cost more than they save
-MOST = 8  # parts of rows that the same servers need: more even nothing out, and a plan would have that many more transfers
+MOST = 128  # transfers of rows that the same servers need: where these are many, others lead the next rows
 STRAIGHT, SHARED, IN_NODES = 1, 2, 3  # hops
 
 
@@ -96,7 +96,7 @@ def _shared(needs: Needs, hops: int, devices: int) -> Hops:
     server, owner, use, low, high, cell = (x[order] for x in (server, owner, use, low, high, cell))
     begin = np.searchsorted(cell, np.arange(int(cell.max()) + 1))  # the pieces of a cell stand together
     count = np.diff(np.append(begin, len(cell)))
-    parts = np.minimum(np.clip((high - low)[begin] // LEAST, 1, MOST), count)
+    parts = np.clip((high - low)[begin] // LEAST, 1, np.minimum(np.maximum(MOST // count, 1), count))
     # Each part of a cell is led by one of its servers, in turns; every server of the cell needs every part.
     piece, part = expand(np.zeros_like(cell), parts[cell])
     at = cell[piece]
