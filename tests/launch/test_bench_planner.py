@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
+from distattn.launch import bench_planner
 from distattn.launch.bench_planner import Setting, main, packed
 
 
@@ -43,6 +45,30 @@ def test_a_small_run_has_every_figure(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_other_heads_and_windows(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--settings", "8x4k", "--seeds", "1", "--heads", "64:64", "--window", "1024", "--smallest", "32"]) == 0
     assert "8x4k" in capsys.readouterr().out
+
+
+def test_figures_of_peers_appear_only_for_their_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths, other = tmp_path / "lengths.txt", tmp_path / "other.txt"
+    lengths.write_text("300\n1200\n")
+    other.write_text("300\n1300\n")
+    monkeypatch.setattr(bench_planner, "PEERS", {"2x1k": (7.0, 8.0)})
+    monkeypatch.setattr(bench_planner, "PEERS_SEEDS", 2)
+    monkeypatch.setattr(bench_planner, "PEERS_LENGTHS", hashlib.sha256(b"300\n1200").hexdigest())
+
+    def peers(file: Path, seeds: int, *more: str) -> dict[str, list[float] | None]:
+        out = tmp_path / "out.json"
+        words = ["--settings", "2x1k", "--repeat", "1", "--lengths", str(file), "--seeds", str(seeds), "--out", str(out), *more]
+        assert main(words) == 0
+        return {row["source"]: row["peers"] for row in json.loads(out.read_text())["rows"]}
+
+    assert peers(lengths, 2) == {"file": [7.0, 8.0], "heavy_tail": None}
+    for refused in (
+        peers(lengths, 1),
+        peers(other, 2),
+        peers(lengths, 2, "--heads", "64:64"),
+        peers(lengths, 2, "--window", "512"),
+    ):
+        assert refused == {"file": None, "heavy_tail": None}
 
 
 def test_packing_fills_the_ranks_and_is_seeded() -> None:
