@@ -47,7 +47,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a case. Bytes (``spills`` a thread) and counts of instructions."""
+    """What the compiler made of a case. Bytes (``spills`` a thread) and counts of instructions.
+
+    ``pairs`` of float32 numbers move between registers and memory in one instruction: how often.
+    """
 
     case: Case
     seconds: float
@@ -59,6 +62,7 @@ class Compiled:
     wgmma: int
     setmaxnreg: int
     serialized: bool
+    pairs: int
 
     @property
     def violations(self) -> list[str]:
@@ -70,6 +74,8 @@ class Compiled:
             found.append(f"spills {self.spills} bytes")
         if self.shared > SHARED_LIMIT["sm_90"]:
             found.append(f"{self.shared} bytes of shared memory, sm_90 has {SHARED_LIMIT['sm_90']}")
+        if not self.pairs and not (self.case.kind == FORWARD and self.case.call == "out"):
+            found.append("the float32 numbers of its tiles move one by one")
         if self.case.kind == SCRATCH:
             return found
         if self.serialized:
@@ -177,7 +183,7 @@ def compile_case(case: Case, rows: dict[str, Any] | None = None) -> Compiled:
     serialized = re.search(r"wgmma.*serializ", said) is not None
     return Compiled(
         case, seconds, made.metadata.num_warps, registers, spills, spills_in_loops(made.asm["cubin"]), made.metadata.shared,
-        ptx.count("wgmma.mma_async"), ptx.count("setmaxnreg"), serialized,
+        ptx.count("wgmma.mma_async"), ptx.count("setmaxnreg"), serialized, len(re.findall(r"global\S*\.v2\.", ptx)),
     )  # fmt: skip
 
 

@@ -16,14 +16,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from distattn.kernels.gluon_ahead_of_time import CALLS, KINDS, Case, Compiled, all_cases, compile_case, record  # noqa: E402
 from distattn.kernels.gluon_launch import FORWARD, FUSED, KEYS, QUERIES, ROWS, SCRATCH  # noqa: E402
 
-# 8 compilations; everything else is in the long tier.
+# 10 compilations; everything else is in the long tier.
 SHORT = [
     Case(FORWARD, 128, 128),
-    Case(FORWARD, 128, 128, "state"),
+    Case(FORWARD, 128, 128, "state", softcap=True),
     Case(FORWARD, 64, 64),
     Case(FORWARD, 192, 128, "last"),
     Case(KEYS, 128, 128),
     Case(QUERIES, 128, 128),
+    Case(QUERIES, 256, 256),
+    Case(FUSED, 64, 64),
     Case(FUSED, 128, 128),
     Case(KEYS, 256, 256),
 ]
@@ -106,7 +108,7 @@ def test_registers_fit_into_a_multiprocessor() -> None:
 
 
 def test_every_violation_has_a_line() -> None:
-    good = Compiled(Case(KEYS, 128, 128), 1.0, 12, 168, 0, 0, 227 << 10, 48, 8, False)
+    good = Compiled(Case(KEYS, 128, 128), 1.0, 12, 168, 0, 0, 227 << 10, 48, 8, False, 64)
     assert good.violations == []
     assert replace(good, spills=4).violations == ["spills 4 bytes"]
     assert replace(good, spills=8, spills_in_loops=2).violations == [
@@ -114,6 +116,8 @@ def test_every_violation_has_a_line() -> None:
         "spills 8 bytes",
     ]
     assert replace(good, shared=good.shared + 1).violations == ["232449 bytes of shared memory, sm_90 has 232448"]
+    assert replace(good, pairs=0).violations == ["the float32 numbers of its tiles move one by one"]
+    assert replace(good, pairs=0, case=Case(FORWARD, 128, 128)).violations == []
     assert replace(good, serialized=True).violations == ["its wgmma run one by one"]
     assert replace(good, wgmma=0, setmaxnreg=0, warps=4).violations == [
         "no wgmma",
