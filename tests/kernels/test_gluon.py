@@ -103,7 +103,7 @@ def test_many_random_unions(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"ping_pong": False}, {"maximum_first": True}, {"consumers": 2}, {"stages": 2}, {"stage_out": False}]
+    "change", [{"ping_pong": False}, {"maximum_first": True}, {"consumers": 3}, {"stages": 2}, {"stage_out": False}]
 )
 def test_other_launches_of_the_forward(change: dict[str, object]) -> None:
     case = replace(fit(BASIC), n_q=300, n_k=300, bands=Bands([Band(0, 300, 0, 300, -INF, 0)]), out_dtype=BF16)
