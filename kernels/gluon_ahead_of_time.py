@@ -28,10 +28,6 @@ TARGET = GPUTarget("cuda", 90, 32)
 KINDS = (FORWARD, KEYS, QUERIES, FUSED, SCRATCH)
 CALLS = ("out", "fresh", "state", "last")  # of the forward: what starts and ends in what
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
-# Bytes stored and loaded a thread outside of the loops: 40 moves an item, whose loops run tens of thousands of instructions.
-SPILLS_OUTSIDE = 160
-# A fused step of 128 queries keeps sums of dk, dv, scores and dp at once, which leaves no register for the mask of a tile.
-SPILLS_IN_LOOPS = {(FUSED, 64): 20}  # 18 on triton 3.7.1, 20 on 3.6.0
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -51,7 +47,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a case. Bytes (``spills`` a thread) and counts of instructions."""
+    """What the compiler made of a case. Bytes (``spills`` a thread) and counts of instructions.
+
+    ``pairs`` of float32 numbers move between registers and memory in one instruction: how often.
+    """
 
     case: Case
     seconds: float
@@ -63,17 +62,20 @@ class Compiled:
     wgmma: int
     setmaxnreg: int
     serialized: bool
+    pairs: int
 
     @property
     def violations(self) -> list[str]:
         """What a release must not ship; empty when all is well."""
         found = []
-        if self.spills_in_loops > SPILLS_IN_LOOPS.get((self.case.kind, self.case.d), 0):
+        if self.spills_in_loops:
             found.append(f"{self.spills_in_loops} instructions of its loops move spilled registers")
-        if self.spills > SPILLS_OUTSIDE:
+        if self.spills:
             found.append(f"spills {self.spills} bytes")
         if self.shared > SHARED_LIMIT["sm_90"]:
             found.append(f"{self.shared} bytes of shared memory, sm_90 has {SHARED_LIMIT['sm_90']}")
+        if not self.pairs and not (self.case.kind == FORWARD and self.case.call == "out"):
+            found.append("the float32 numbers of its tiles move one by one")
         if self.case.kind == SCRATCH:
             return found
         if self.serialized:
@@ -181,7 +183,7 @@ def compile_case(case: Case, rows: dict[str, Any] | None = None) -> Compiled:
     serialized = re.search(r"wgmma.*serializ", said) is not None
     return Compiled(
         case, seconds, made.metadata.num_warps, registers, spills, spills_in_loops(made.asm["cubin"]), made.metadata.shared,
-        ptx.count("wgmma.mma_async"), ptx.count("setmaxnreg"), serialized,
+        ptx.count("wgmma.mma_async"), ptx.count("setmaxnreg"), serialized, len(re.findall(r"global\S*\.v2\.", ptx)),
     )  # fmt: skip
 
 

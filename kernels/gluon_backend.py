@@ -233,6 +233,7 @@ class GluonBackend:
     ) -> None:
         q, k, v, dout, (lse, delta) = inputs
         row = self._row(kind, q.shape[2], v.shape[2], scores.softcap)
+        assert kind != FUSED or row.stages <= 3, f"with {row.stages} stages ds would be overwritten while it is read"
         block_k, block_q = row.key_tiles * 64, row.block_q
         # fused: pieces of dq are whole tiles; else lse and delta are copied from multiples of 16 bytes
         align = block_q if kind == FUSED else 4
@@ -272,6 +273,7 @@ class GluonBackend:
                 SOFTCAP=scores.softcap != 0,
                 FUSED=kind == FUSED,
                 STATISTICS_FIRST=kind == FUSED and q.shape[2] == 64,
+                VALUES_FIRST=row.values_first,
                 **_registers(row),
             )
 

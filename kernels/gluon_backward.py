@@ -104,17 +104,23 @@ def _key_step(
     D: gl.constexpr, D2: gl.constexpr, D_V2: gl.constexpr,
     D_SPLIT: gl.constexpr, V_SPLIT: gl.constexpr, SECOND_HALF: gl.constexpr,
     s_layout: gl.constexpr, p_layout: gl.constexpr,
-    SOFTCAP: gl.constexpr, FUSED: gl.constexpr, STATISTICS_FIRST: gl.constexpr,
+    SOFTCAP: gl.constexpr, FUSED: gl.constexpr, STATISTICS_FIRST: gl.constexpr, VALUES_FIRST: gl.constexpr,
 ):  # fmt: skip
     """One query tile into the sums of dk and dv; FUSED also adds dq of the step before at ``before``."""
     q_s, q2_s, k_s, k2_s, v_s, v2_s, g_s, g2_s, lse_s, delta_s = memory
     kv_full, q_full, g_full, empty, ds_full = barriers
     V_GROUPS: gl.constexpr = 2 if D_V2 else 1
+    DV_GROUPS: gl.constexpr = (2 if V_SPLIT else 1) if VALUES_FIRST else 0
     DTYPE: gl.constexpr = q_s.dtype
     zero = gl.full([64, BLOCK_Q], 0.0, gl.float32, s_layout)
     stage = it % STAGES
     lap = (it // STAGES) & 1
     z = it >> 24  # always 0, but opaque: keeps the assembler from hoisting, and then spilling, what addresses k and v
+    q = q_s.index(stage)
+    g = g_s.index(stage)
+    if SECOND_HALF:  # both consumers own the same keys, and this one the other half of the head
+        q = q2_s.index(stage)
+        g = g2_s.index(stage)
     mbarrier.wait(q_full.index(stage), lap)
     if STATISTICS_FIRST:  # both sums begin at what would be subtracted from them: 64 registers fewer
         k = k_s.index(C + z)
@@ -125,7 +131,9 @@ def _key_step(
         dp = warpgroup_mma(v_s.index(C + z), g_s.index(stage).permute((1, 0)), start, is_async=True)
         s = hide(warpgroup_mma_wait(1, deps=[products]), float("-inf"), masked, rows, limits_at, begin, BLOCK_Q, s_layout)
         p = gl.exp2(s * inner)
-        dp = warpgroup_mma_wait(0, deps=[dp])
+        if VALUES_FIRST:
+            dvs = add_products(gl.convert_layout(p.to(DTYPE), p_layout), g, g2_s.index(stage), dvs, V_SPLIT)
+        dp = warpgroup_mma_wait(DV_GROUPS, deps=[dp])
         ds = hide(p * dp, 0.0, masked, rows, limits_at, begin, BLOCK_Q, s_layout).to(DTYPE)
     else:
         products = product_over_head(k_s.index(C + z), k2_s.index(C + z), q_s.index(stage), q2_s.index(stage), zero, D2 > 0)
@@ -139,19 +147,17 @@ def _key_step(
             s = bent * outer
         s = hide(s, float("-inf"), masked, rows, limits_at, begin, BLOCK_Q, s_layout)
         p = gl.exp2(s * factor - lse)
+        if VALUES_FIRST:
+            dvs = add_products(gl.convert_layout(p.to(DTYPE), p_layout), g, g2_s.index(stage), dvs, V_SPLIT)
         delta = gl.expand_dims(delta_s.index(stage).load(gl.SliceLayout(0, s_layout)), 0)
-        dp = warpgroup_mma_wait(0, deps=[dp])
+        dp = warpgroup_mma_wait(DV_GROUPS, deps=[dp])
         ds = p * (dp - delta)
         if SOFTCAP:
             ds = ds * (1.0 - bent * bent)
         # garbage behind the mask must not survive as 0 * inf
         ds = hide(ds, 0.0, masked, rows, limits_at, begin, BLOCK_Q, s_layout).to(DTYPE)
-    q = q_s.index(stage)
-    g = g_s.index(stage)
-    if SECOND_HALF:  # both consumers own the same keys, and this one the other half of the head
-        q = q2_s.index(stage)
-        g = g2_s.index(stage)
-    dvs = add_products(gl.convert_layout(p.to(DTYPE), p_layout), g, g2_s.index(stage), dvs, V_SPLIT)
+    if not VALUES_FIRST:
+        dvs = add_products(gl.convert_layout(p.to(DTYPE), p_layout), g, g2_s.index(stage), dvs, V_SPLIT)
     operand = gl.convert_layout(ds, p_layout)
     if FUSED:
         # The slot written here was last read in step it - 2 or earlier, and that q arrived for this step says that both
@@ -197,7 +203,7 @@ def _sum_keys(
     CID: gl.constexpr, outputs, memory, ds_s, barriers, work, addresses,
     KEY_TILES: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
     D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr,
-    SOFTCAP: gl.constexpr, FUSED: gl.constexpr, STATISTICS_FIRST: gl.constexpr,
+    SOFTCAP: gl.constexpr, FUSED: gl.constexpr, STATISTICS_FIRST: gl.constexpr, VALUES_FIRST: gl.constexpr,
 ):  # fmt: skip
     """64 rows of keys, or with KEY_TILES 1 all 64 and one half of the head."""
     DK, DV, SCRATCH = outputs
@@ -240,7 +246,7 @@ def _sum_keys(
                 dks, dvs, it, n < left + right, rows, limits_at, column, inner, outer, thread, before,
                 memory, barriers, ds_s, ds_r, k_r,
                 CID, C, BLOCK_Q, STAGES, D, D2, D_V2, D_SPLIT, V_SPLIT, HALF > 0,
-                s_layout, p_layout, SOFTCAP, FUSED, STATISTICS_FIRST,
+                s_layout, p_layout, SOFTCAP, FUSED, STATISTICS_FIRST, VALUES_FIRST,
             )  # fmt: skip
             if FUSED:
                 before = query_head * query_tiles + column // BLOCK_Q
@@ -264,9 +270,13 @@ def key_gradient_kernel(
     group: gl.constexpr, n_k, padded, query_tiles, inner, outer, scale,
     D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr, KEY_TILES: gl.constexpr,
     BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr, FUSED: gl.constexpr, STATISTICS_FIRST: gl.constexpr,
-    REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    VALUES_FIRST: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Grid: one program a (key tile, key head). The group's query heads are looped inside, so dk and dv have one writer."""
+    """Grid: one program a (key tile, key head). The group's query heads are looped inside, so dk and dv have one writer.
+
+    VALUES_FIRST issues the products of dv before ds is known. FUSED takes up to 3 stages: that q of a step has come then says
+    that what last read the slot of its ds is over.
+    """
     DTYPE: gl.constexpr = q_from.dtype
     k_s = gl.allocate_shared_memory(DTYPE, [KEY_TILES, 64, D], k_from.layout)
     v_s = gl.allocate_shared_memory(DTYPE, [KEY_TILES, 64, D_V], v_from.layout)
@@ -312,9 +322,9 @@ def key_gradient_kernel(
     gl.warp_specialize(
         [
             (_sum_keys, (ZERO, outputs, memory, ds_s, barriers, work, addresses, KEY_TILES, BLOCK_Q, STAGES,
-                         D, D2, D_V, D_V2, SOFTCAP, FUSED, STATISTICS_FIRST)),
+                         D, D2, D_V, D_V2, SOFTCAP, FUSED, STATISTICS_FIRST, VALUES_FIRST)),
             (_sum_keys, (ONE, outputs, memory, ds_s, barriers, work, addresses, KEY_TILES, BLOCK_Q, STAGES,
-                         D, D2, D_V, D_V2, SOFTCAP, FUSED, STATISTICS_FIRST)),
+                         D, D2, D_V, D_V2, SOFTCAP, FUSED, STATISTICS_FIRST, VALUES_FIRST)),
             (_fetch_queries, (descriptors, memory, barriers, work, loads, KEY_TILES, BLOCK_Q, STAGES, D, D2, D_V, D_V2)),
         ],
         [4, 4],

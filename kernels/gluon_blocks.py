@@ -19,10 +19,25 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed
 
 
 @gluon.jit
+def load_place(SLOTS, slot):
+    """(head, first row) of the work item in a slot of the schedule."""
+    item = SLOTS + slot * 4
+    return gl.load(item), gl.load(item + 1)
+
+
+@gluon.jit
+def load_extent(SLOTS, slot):
+    """(first entry, end of entries) of the work item in a slot of the schedule."""
+    item = SLOTS + slot * 4
+    return gl.load(item + 2), gl.load(item + 3)
+
+
+@gluon.jit
 def load_item(SLOTS, slot):
     """(head, first row, first entry, end of entries) of the work item in a slot of the schedule."""
-    item = SLOTS + slot * 4
-    return gl.load(item), gl.load(item + 1), gl.load(item + 2), gl.load(item + 3)
+    head, start = load_place(SLOTS, slot)
+    first, last = load_extent(SLOTS, slot)
+    return head, start, first, last
 
 
 @gluon.jit
@@ -40,6 +55,13 @@ def streamed_tile(n, left, full, right):
 
 
 @gluon.jit
+def streamed_row(ENTRIES, index, n, ROWS: gl.constexpr):
+    """Where the n-th tile of ``ROWS`` rows of an entry begins."""
+    begin, left, full, right = load_runs(ENTRIES, index)
+    return begin + streamed_tile(n, left, full, right) * ROWS
+
+
+@gluon.jit
 def hide(x, instead: gl.constexpr, masked, rows, entry, begin, WIDTH: gl.constexpr, layout: gl.constexpr):
     """x [rows, WIDTH] with ``instead`` where the entry does not look; columns count from ``begin``. Two compares an element.
 
@@ -50,8 +72,12 @@ def hide(x, instead: gl.constexpr, masked, rows, entry, begin, WIDTH: gl.constex
         first = gl.maximum(rows + (gl.load(entry + 4) - begin), gl.load(entry + 2) - begin)
         last = gl.minimum(rows + (gl.load(entry + 5) - begin), gl.load(entry + 3) - 1 - begin)
         last = gl.where((rows >= gl.load(entry)) & (rows < gl.load(entry + 1)), last, -1)
+        # what differs between threads joins the limits, and what is left of a column is an immediate of its compares: no
+        # registers hold columns through the loop
         columns = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, layout)), 0)
-        x = gl.where((columns >= gl.expand_dims(first, 1)) & (columns <= gl.expand_dims(last, 1)), x, instead)
+        own = columns % 8 // 2 * 2
+        fixed = columns // 8 * 8 + columns % 2
+        x = gl.where((fixed >= gl.expand_dims(first, 1) - own) & (fixed <= gl.expand_dims(last, 1) - own), x, instead)
     return x
 
 
@@ -114,9 +140,10 @@ def spread(rows, layout: gl.constexpr):
 
 @gluon.jit
 def tile_pointers(X, token, ROWS: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
-    """Pointers [ROWS, WIDTH] to rows ``token`` elements apart; first rows, then columns, so that columns become immediates."""
+    """Pointers [ROWS, WIDTH] to rows ``token`` elements apart. What all threads share comes last and becomes immediates."""
     rows = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, layout)), 1)
-    return X + rows * token + gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, layout)), 0)
+    columns = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, layout)), 0)
+    return X + rows * token + columns % 8 + columns // 8 * 8
 
 
 @gluon.jit

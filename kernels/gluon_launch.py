@@ -49,6 +49,7 @@ class Keys(NamedTuple):
     registers: int = 240
     producer_registers: int = 24
     entry_registers: int = 168
+    values_first: bool = False
 
 
 class Queries(NamedTuple):

@@ -15,10 +15,13 @@ from distattn.kernels.gluon_blocks import (
     add_tile,
     await_parts,
     hide,
+    load_extent,
     load_item,
+    load_place,
     load_runs,
     product_over_head,
     scratch_places,
+    streamed_row,
     streamed_tile,
     tanh,
 )
@@ -35,7 +38,7 @@ def _fetch_keys(
     q_full, k_full, k_empty, v_full, v_empty = barriers
     SLOTS, ENTRIES = work
     group, q_head, k_head, v_head, g_head = loads
-    head, start, first, last = load_item(SLOTS, gl.program_id(0))
+    head, start = load_place(SLOTS, gl.program_id(0))
     for c in gl.static_range(2):
         mbarrier.expect(q_full.index(c), 64 * (D + D2 + D_V + D_V2) * 2)
         tma.async_copy_global_to_shared(q_from, [start + c * 64, head * q_head], q_full.index(c), q_s.index(c))
@@ -47,10 +50,13 @@ def _fetch_keys(
     k_column = head // group * k_head
     v_column = head // group * v_head
     it = 0
+    # Here and not before: this warpgroup has 24 registers, and the copies above take all.
+    first, last = load_extent(SLOTS, gl.program_id(0))
     for entry in range(first, last):
-        begin, left, full, right = load_runs(ENTRIES, entry)
+        _, left, full, right = load_runs(ENTRIES, entry + (it >> 30))
         for n in range(left + full + right):
-            row = begin + streamed_tile(n, left, full, right) * BLOCK_K
+            # an entry is read again for each of its tiles (it >> 30 is 0, but opaque), so that only their number is kept
+            row = streamed_row(ENTRIES, entry + (it >> 30), n, BLOCK_K)
             s = it % STAGES
             lap = (it // STAGES) & 1
             mbarrier.wait(k_empty.index(s), lap ^ 1)

@@ -7,7 +7,7 @@ run is the bound. Libraries run as their own users call them; ours run as the ex
     python launch/bench_kernels.py                                  # all groups, on a GPU: about 15 minutes
     python launch/bench_kernels.py --only dense gqa --json r.json --plot r.png
     python launch/bench_kernels.py --write-table                    # what the choice of backends reads from then on
-    python launch/bench_kernels.py --set forward.maximum_first=true --only dense     # another launch of the Hopper kernels
+    python launch/bench_kernels.py --set forward:128:128.maximum_first=true --only dense    # another launch of the Hopper kernels
     python launch/bench_kernels.py --device cpu --quick             # shows that it works, its times mean nothing
 """
 
@@ -44,7 +44,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--world", type=int, default=8, metavar="P", help="ranks of the group ranks (default: 8)")
     made.add_argument("--tokens", type=int, metavar="N", help="of the group ranks (default: 131072; with --quick 512)")
     made.add_argument(
-        "--set", nargs="+", default=[], metavar="KIND.FIELD=VALUE", help="change the launch rows of the Hopper kernels"
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KIND[:D:D_V].FIELD=VALUE",
+        help="change the launch rows of the Hopper kernels, of all head sizes or of one",
     )
     made.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, its times mean nothing")
     made.add_argument("--json", type=Path, metavar="FILE", help="write all figures and samples there")
@@ -84,21 +88,29 @@ def parse(words: list[str] | None) -> argparse.Namespace:
 
 
 def change_rows(words: list[str]) -> None:
-    """``kind.field=value`` in the launch rows of this process, at every head size; ValueError for what there is not."""
+    """``kind.field=value``, or ``kind:D:D_v.field=value`` for one head size, in the launch rows of this process.
+
+    Raises:
+        ValueError: there is no such kind, size or field, or the value is none.
+    """
     from distattn.kernels.gluon_launch import ROWS
 
     for word in words:
-        kind, _, rest = word.partition(".")
+        place, _, rest = word.partition(".")
         name, _, text = rest.partition("=")
+        kind, _, size = place.partition(":")
         if kind not in ROWS or any(name not in row._fields for row in ROWS[kind].values()):
             known = [f"{kind}.{field}" for kind, rows in ROWS.items() for field in next(iter(rows.values()))._fields]
             raise ValueError(f"--set {word}: there is no {kind}.{name}. Use one of {', '.join(known)}.")
+        chosen = {f"{d}:{d_v}": (d, d_v) for d, d_v in ROWS[kind]}
+        if size and size not in chosen:
+            raise ValueError(f"--set {word}: {kind} has no head size {size}. Use one of {', '.join(chosen)}, or none for all.")
         try:
             value = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"--set {word}: {text!r} is no number and neither true nor false.") from error
-        for size, row in ROWS[kind].items():
-            ROWS[kind][size] = row._replace(**{name: value})
+        for row in [chosen[size]] if size else chosen.values():
+            ROWS[kind][row] = ROWS[kind][row]._replace(**{name: value})
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from distattn.launch.bench_kernels_clock import Reading, reader
+
 Work = Callable[[], object]
 
 
@@ -33,6 +35,7 @@ class Rate:
 
     cold: list[float] = field(default_factory=list)
     sustained: list[float] = field(default_factory=list)
+    readings: list[list[Reading]] = field(default_factory=list)  # by round, while the sustained calls ran
 
     @property
     def seconds(self) -> float:
@@ -45,8 +48,11 @@ class Rate:
         return max(self.sustained) / min(self.sustained) - 1
 
 
-def burst(device: torch.device, work: Work, calls: int) -> float:
-    """Seconds a call of ``calls`` calls back to back, by the device's own clock where it has one."""
+def burst(device: torch.device, work: Work, calls: int, watch: Callable[[], object] | None = None) -> float:
+    """Seconds a call of ``calls`` calls back to back, by the device's own clock where it has one.
+
+    Where calls return before they are done, ``watch`` is called every 10 ms until the last one is.
+    """
     if device.type != "cuda":
         start = time.perf_counter()
         for _ in range(calls):
@@ -57,13 +63,31 @@ def burst(device: torch.device, work: Work, calls: int) -> float:
     for _ in range(calls):
         work()
     end.record()
+    while watch and not end.query():
+        watch()
+        time.sleep(0.01)
     end.synchronize()
     return begin.elapsed_time(end) / calls / 1e3
+
+
+def watched_burst(
+    device: torch.device, work: Work, calls: int, read: Callable[[], Reading | None]
+) -> tuple[float, list[Reading]]:
+    """:func:`burst` and what ``read`` gave meanwhile."""
+    readings: list[Reading] = []
+
+    def watch() -> None:
+        reading = read()
+        if reading:
+            readings.append(reading)
+
+    return burst(device, work, calls, watch), readings
 
 
 def in_turns(device: torch.device, contenders: dict[str, Work], protocol: Protocol) -> dict[str, Rate]:
     """The rates of all contenders. Each has run once before: compilers and caches are warm."""
     rates = {name: Rate() for name in contenders}
+    read = reader(device)
     for _ in range(protocol.rounds):
         for name, work in contenders.items():
             if device.type == "cuda":
@@ -73,5 +97,7 @@ def in_turns(device: torch.device, contenders: dict[str, Work], protocol: Protoc
             calls = max(protocol.burst, int(protocol.seconds / cold))
             burst(device, work, calls)
             rates[name].cold.append(cold)
-            rates[name].sustained.append(burst(device, work, calls))
+            seconds, readings = watched_burst(device, work, calls, read)
+            rates[name].sustained.append(seconds)
+            rates[name].readings.append(readings)
     return rates

@@ -97,6 +97,8 @@ def as_json(results: Results) -> dict[str, Any]:
             "d": case.d, "d_v": case.d_v, "heads": case.heads, "kv_heads": case.kv_heads, "state": case.state, "who": who,
             "tflops_sustained": results.tflops(case, who), "tflops_cold": results.tflops(case, who, True),
             "seconds_sustained": rate.sustained, "seconds_cold": rate.cold,
+            "megahertz": [[reading.megahertz for reading in found] for found in rate.readings],
+            "watts": [[reading.watts for reading in found] for found in rate.readings],
         }
         for case, rates in results.rates.items()
         for who, rate in rates.items()

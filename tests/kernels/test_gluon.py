@@ -19,7 +19,7 @@ import distattn.kernels
 from distattn.kernels.bands import INF, Band, Bands
 from distattn.kernels.contract import Scores
 from distattn.kernels.gluon_backend import GluonBackend
-from distattn.kernels.gluon_launch import FORWARD, FUSED, ROWS
+from distattn.kernels.gluon_launch import FORWARD, FUSED, KEYS, ROWS
 from tests.kernels.cases import BASIC, CASES, DOCUMENTS, GAPS, WINDOW, Case, check_backend, check_repeats, check_untouched, unions
 
 pytest.importorskip("triton", reason="descriptors of the launches are triton's")
@@ -94,7 +94,8 @@ def test_many_random_unions(data: st.DataObject) -> None:
         data.draw(st.sampled_from([BF16, F16])), data.draw(st.sampled_from([0.0, 1.2])), data.draw(st.booleans()),
         data.draw(st.integers(1, 3)), strided=data.draw(st.booleans()),
     )  # fmt: skip
-    rows = {FORWARD: {"maximum_first": data.draw(st.booleans()), "ping_pong": data.draw(st.booleans())}}
+    values_first = {"values_first": data.draw(st.booleans())}
+    rows = {FORWARD: {"maximum_first": data.draw(st.booleans()), "ping_pong": data.draw(st.booleans())}, KEYS: values_first}
     seed = data.draw(st.integers(0, 1 << 20))
     check_backend(Emulated(seed, data.draw(st.integers(1, 9)), rows), case, seed)
     if size in ROWS[FUSED] and not case.softcap:
@@ -102,11 +103,32 @@ def test_many_random_unions(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"ping_pong": False}, {"maximum_first": True}, {"consumers": 2}, {"stages": 2}, {"stage_out": False}]
+    "change", [{"ping_pong": False}, {"maximum_first": True}, {"consumers": 3}, {"stages": 2}, {"stage_out": False}]
 )
 def test_other_launches_of_the_forward(change: dict[str, object]) -> None:
     case = replace(fit(BASIC), n_q=300, n_k=300, bands=Bands([Band(0, 300, 0, 300, -INF, 0)]), out_dtype=BF16)
     check_backend(Emulated(rows={FORWARD: {"block_k": 32, **change}}), case)
+
+
+@pytest.mark.parametrize(
+    "kind, size, change",
+    [
+        (KEYS, (64, 64), {"values_first": True}),
+        (KEYS, (96, 96), {"values_first": True, "stages": 3}),
+        (KEYS, (256, 256), {"values_first": True}),
+        (FUSED, (64, 64), {"values_first": True}),
+        (FUSED, (128, 128), {"values_first": True, "stages": 3}),
+    ],
+    ids=str,
+)
+def test_other_launches_of_the_backward(kind: str, size: tuple[int, int], change: dict[str, object]) -> None:
+    case = replace(fit(BASIC, *size), n_q=300, n_k=200, bands=Bands([Band(0, 300, 0, 200, -INF, 90)]))
+    check_backend(Emulated(deterministic=kind == KEYS, rows={kind: change}), case)
+
+
+def test_the_fused_backward_refuses_stages_that_would_race() -> None:
+    with pytest.raises(AssertionError, match="with 4 stages ds would be overwritten"):
+        check_backend(Emulated(deterministic=False, rows={FUSED: {"stages": 4}}), fit(BASIC))
 
 
 @pytest.mark.parametrize("softcap, deterministic", [(0.0, True), (2.0, True), (0.0, False)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -15,14 +16,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from distattn.kernels.gluon_ahead_of_time import CALLS, KINDS, Case, Compiled, all_cases, compile_case, record  # noqa: E402
 from distattn.kernels.gluon_launch import FORWARD, FUSED, KEYS, QUERIES, ROWS, SCRATCH  # noqa: E402
 
-# 8 compilations; everything else is in the long tier.
+# 10 compilations; everything else is in the long tier.
 SHORT = [
     Case(FORWARD, 128, 128),
-    Case(FORWARD, 128, 128, "state"),
+    Case(FORWARD, 128, 128, "state", softcap=True),
     Case(FORWARD, 64, 64),
     Case(FORWARD, 192, 128, "last"),
     Case(KEYS, 128, 128),
     Case(QUERIES, 128, 128),
+    Case(QUERIES, 256, 256),
+    Case(FUSED, 64, 64),
     Case(FUSED, 128, 128),
     Case(KEYS, 256, 256),
 ]
@@ -54,10 +57,25 @@ def test_every_variant_is_fit_to_ship(case: Case) -> None:
     assert compile_case(case).violations == []
 
 
+THREE_CONSUMERS = {"consumers": 3, "stages": 4, "registers": 160, "producer_registers": 32, "entry_registers": 128}
+MEASURED = [
+    *((Case(FORWARD, 64, 64, call, softcap), THREE_CONSUMERS) for call in CALLS for softcap in (False, True)),
+    *((Case(FORWARD, size, size), {"maximum_first": True}) for size in (64, 128)),
+    (Case(FORWARD, 128, 128), {"ping_pong": False}),
+    (Case(FORWARD, 128, 128), {"block_k": 64, "stages": 4}),
+    *((Case(KEYS, size, size), {"values_first": True}) for size in (64, 128)),
+    (Case(KEYS, 128, 128), {"stages": 3}),
+    (Case(KEYS, 128, 128), {"values_first": True, "stages": 3}),
+    (Case(FUSED, 128, 128), {"values_first": True}),
+    (Case(FUSED, 128, 128), {"stages": 3}),
+    (Case(FUSED, 128, 128), {"values_first": True, "stages": 3}),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [{"maximum_first": True}, {"ping_pong": False}], ids=str)
-def test_launches_that_are_to_be_measured(change: dict[str, bool]) -> None:
-    assert compile_case(Case(FORWARD, 128, 128), change).violations == []
+@pytest.mark.parametrize("case, change", MEASURED, ids=str)
+def test_launches_that_are_to_be_measured(case: Case, change: dict[str, Any]) -> None:
+    assert compile_case(case, change).violations == []
 
 
 @pytest.mark.slow
@@ -90,11 +108,16 @@ def test_registers_fit_into_a_multiprocessor() -> None:
 
 
 def test_every_violation_has_a_line() -> None:
-    good = Compiled(Case(KEYS, 128, 128), 1.0, 12, 168, 0, 0, 227 << 10, 48, 8, False)
+    good = Compiled(Case(KEYS, 128, 128), 1.0, 12, 168, 0, 0, 227 << 10, 48, 8, False, 64)
     assert good.violations == []
-    assert replace(good, spills=164).violations == ["spills 164 bytes"] and replace(good, spills=160).violations == []
-    assert replace(good, spills=8, spills_in_loops=2).violations == ["2 instructions of its loops move spilled registers"]
+    assert replace(good, spills=4).violations == ["spills 4 bytes"]
+    assert replace(good, spills=8, spills_in_loops=2).violations == [
+        "2 instructions of its loops move spilled registers",
+        "spills 8 bytes",
+    ]
     assert replace(good, shared=good.shared + 1).violations == ["232449 bytes of shared memory, sm_90 has 232448"]
+    assert replace(good, pairs=0).violations == ["the float32 numbers of its tiles move one by one"]
+    assert replace(good, pairs=0, case=Case(FORWARD, 128, 128)).violations == []
     assert replace(good, serialized=True).violations == ["its wgmma run one by one"]
     assert replace(good, wgmma=0, setmaxnreg=0, warps=4).violations == [
         "no wgmma",

@@ -174,6 +174,11 @@ BACKWARD_MUTANTS = {
         "(it + 1) & 0",
         "race|deadlock|arrivals",
     ),
+    "dp is used in flight": (
+        " if VALUES_FIRST else 0",
+        " if VALUES_FIRST else 1",
+        "before it was awaited",
+    ),
     "dq is taken in flight": (
         "        dq = warpgroup_mma_wait(1, deps=[dq])\n        dvs = await_parts(dvs, 1, V_SPLIT)\n",
         "        dq = warpgroup_mma_wait(2, deps=[dq])\n        dvs = await_parts(dvs, 2, V_SPLIT)\n",

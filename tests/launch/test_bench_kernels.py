@@ -89,6 +89,7 @@ def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         ([*QUICK, "--json", str(tmp_path / "no" / "x")], "there is no folder"),
         ([*QUICK, "--set", "forward.speed=9"], "Use one of forward.consumers"),
         ([*QUICK, "--set", "forward.stages=many"], "is no number"),
+        ([*QUICK, "--set", "fused_gradient:96:96.stages=3"], "no head size 96:96. Use one of 64:64, 128:128"),
     ):
         assert bench_kernels.main(words) == 2
         assert text in capsys.readouterr().err
@@ -100,6 +101,8 @@ def test_rows_can_be_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ROWS, "forward", dict(ROWS["forward"]))
     bench_kernels.change_rows(["forward.maximum_first=true", "forward.stages=3"])
     assert all(row.maximum_first is True and row.stages == 3 for row in ROWS["forward"].values())  # type: ignore[attr-defined]
+    bench_kernels.change_rows(["forward:128:128.stages=4"])
+    assert {size for size, row in ROWS["forward"].items() if row.stages == 4} == {(128, 128)}  # type: ignore[attr-defined]
 
 
 def test_cases() -> None:
