@@ -299,10 +299,11 @@ def moving(survey: Survey) -> Iterator[Way]:
     cluster, tensor = survey.machines.cluster, survey.machines.tensor
     for u in (1,) if tensor > 1 else (1, cluster.devices):
         shape, node = slices_of(survey.shape, u)[0], max(1, cluster.devices // tensor // u)
-        relays = IN_NODES if node > 1 else SHARED
         kind = "disaggregate" if u == 1 else "Ulysses, disaggregate"
-        for balance, hops in product((Balance.of(shape), Balance.of(shape, cluster, node)), (STRAIGHT, relays)):
-            ways = [(parts, True) for parts in PARTS_SIDE_BY_SIDE] + [(parts, False) for parts in PARTS[hops > STRAIGHT]]
+        for balance, relayed in product((Balance.of(shape), Balance.of(shape, cluster, node)), (False, True)):
+            nodes = 1 < balance.forward.devices < survey.ranks // u
+            hops = (IN_NODES if nodes else SHARED) if relayed else STRAIGHT
+            ways = [(parts, True) for parts in PARTS_SIDE_BY_SIDE] + [(parts, False) for parts in PARTS[relayed]]
             for stages, halves in ways:
                 strategy = Strategy("disaggregate", ulysses=u, stages=stages, hops=hops, balance=balance)
                 yield Way(kind, strategy, "contiguous", survey.ranks, None, halves=halves)
