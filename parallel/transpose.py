@@ -185,8 +185,10 @@ def _inputs(
     row = inputs[piece]
     kept = {"all": np.ones(len(row), bool), "last": use == plan.stages - 1, "none": np.zeros(len(row), bool)}[keep]
     again = ~kept & (row[:, WHAT] == What.KV)
-    some = row[again], start[again], stop[again], use[again]
-    resent = _resent_in_trees(plan, *some) if plan.pooled else _resent_in_chains(*some, stages, longest)
+    if plan.pooled:
+        resent = _resent_in_trees(plan, row[again], start[again], stop[again], use[again])
+    else:
+        resent = _resent_in_chains(row, start, stop, use, again, stages, longest)
     # Rows that are used at different times are runs of their own: they are different visits, as in the forward pass.
     group, first = groups(*(c[kept] for c in (row[:, DST], row[:, OWNER], row[:, WHAT], use)))
     runs = union(Intervals(group, start[kept], stop[kept]))
@@ -196,9 +198,15 @@ def _inputs(
 
 
 def _resent_in_chains(
-    row: np.ndarray, start: np.ndarray, stop: np.ndarray, use: np.ndarray, stages: int, longest: tuple[np.ndarray, np.ndarray]
+    row: np.ndarray,
+    start: np.ndarray,
+    stop: np.ndarray,
+    use: np.ndarray,
+    again: np.ndarray,
+    stages: int,
+    longest: tuple[np.ndarray, np.ndarray],
 ) -> np.ndarray:
-    """Keys once more: from the rank to which they were passed on, else straight from their owner."""
+    """Those pieces once more that ``again`` marks: from the rank to which they were passed on, else straight from their owner."""
     relay = _relay(row, start, use)
     passed = relay >= 0
     need = stages - 1 - np.where(passed, row[relay, POST], use)
@@ -208,9 +216,9 @@ def _resent_in_chains(
     lane = np.where(passed, row[relay, LANE], np.where(far, long_lane, row[:, LANE]))
     columns = [np.where(passed, row[relay, DST], row[:, OWNER]), row[:, DST], row[:, OWNER], row[:, WHAT], lane, need]
     columns.append(np.maximum(need - ahead, 0))
-    group, first = groups(*columns)
-    src, dst, owner, what, lane, need, post = (c[first] for c in columns)
-    runs = union(Intervals(group, start, stop))
+    group, first = groups(*(c[again] for c in columns))
+    src, dst, owner, what, lane, need, post = (c[again][first] for c in columns)
+    runs = union(Intervals(group, start[again], stop[again]))
     g = runs.key
     return np.stack([src[g], dst[g], owner[g], runs.start, runs.stop, what[g], lane[g], post[g], need[g]], 1)
 
