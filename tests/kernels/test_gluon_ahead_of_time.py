@@ -61,6 +61,7 @@ THREE_CONSUMERS = {"consumers": 3, "stages": 4, "registers": 160, "producer_regi
 MEASURED = [
     *((Case(FORWARD, 64, 64, call, softcap), THREE_CONSUMERS) for call in CALLS for softcap in (False, True)),
     *((Case(FORWARD, size, size), {"maximum_first": True}) for size in (64, 128)),
+    *((Case(FORWARD, size, size), {"maximum_first": True, "ping_pong": False}) for size in (64, 128)),
     (Case(FORWARD, 128, 128), {"ping_pong": False}),
     (Case(FORWARD, 128, 128), {"block_k": 64, "stages": 4}),
     *((Case(KEYS, size, size), {"values_first": True}) for size in (64, 128)),
