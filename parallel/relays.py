@@ -83,7 +83,7 @@ def _straight(needs: Needs) -> Hops:
 
 
 def _shared(needs: Needs, hops: int, devices: int) -> Hops:
-    """Of 2 and 3 hops; no server is in its owner's node then."""
+    """Of 2 hops, and of 3 for servers in other nodes than the owner."""
     if not len(needs.server):
         return _straight(needs)
     same, one = groups(needs.server, needs.owner, needs.use)
