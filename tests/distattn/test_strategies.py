@@ -51,7 +51,8 @@ Case = tuple[Strategy, str, tuple[int, int]]
 
 
 def fits(strategy: Strategy, world: int, heads: int) -> bool:
-    return world % strategy.ulysses == 0 and strategy.ulysses <= heads and strategy.servers < world
+    nodes = world > 2 or strategy.hops != 3  # whose costs know nodes of two
+    return world % strategy.ulysses == 0 and strategy.ulysses <= heads and strategy.servers < world and nodes
 
 
 def placed(strategy: Strategy, world: int) -> Strategy:

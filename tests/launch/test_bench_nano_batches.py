@@ -39,7 +39,7 @@ def test_a_wire_is_as_slow_as_it_says() -> None:
 
 def test_prices(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    words = ["--price", "h200", "--ranks", "8", "--tokens", "32768", "--schedules", "disaggregate", "--json", str(file)]
+    words = ["--price", "h200", "--ranks", "16", "--tokens", "32768", "--schedules", "disaggregate", "--json", str(file)]
     assert main(words) == 0
     (row,) = json.loads(file.read_text())
     assert row["dense"] < row["beside"] < row["beside_shared"] < row["alone"] and row["exposed_beside"] <= row["exposed_alone"]
