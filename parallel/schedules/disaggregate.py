@@ -4,7 +4,7 @@ Zhuang et al., "Efficient Long-context Language Model Training by Core Attention
 which queries is decided by :mod:`distattn.parallel.assign`; here the decision becomes a plan. A rank works on its own rows while
 the first queries and keys of others travel, then does what it does for others in ``stages`` parts, each while the next one
 travels, then works on its own rows again while the last results go home. Rows that several ranks need can be passed on among
-these, so that the owners of long documents send and get no more than others (:mod:`distattn.parallel.relays`).
+these, so that the owners of long documents send and get each of theirs once (:mod:`distattn.parallel.relays`).
 """
 
 from __future__ import annotations
