@@ -443,6 +443,11 @@ def check_shares(parallel: ParallelConfig) -> None:
             f"parallel.node_devices={parallel.node_devices} is not for {schedule}, which takes nodes from a description: set "
             "parallel.cluster to a name or a file."
         )
+    if parallel.hops == 3 and not parallel.cluster:
+        raise ValueError(
+            "parallel.hops=3 brings rows to each node once, but nothing says which ranks share a node. Set parallel.cluster to a "
+            "name or a file, or parallel.hops=2."
+        )
     if parallel.ulysses > 1 and parallel.speeds != "equal":
         raise ValueError(
             f"parallel.speeds={parallel.speeds} are of single ranks, but with parallel.ulysses={parallel.ulysses} groups of them "

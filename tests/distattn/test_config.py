@@ -166,6 +166,9 @@ def test_what_a_disaggregation_does_not_take_is_refused() -> None:
     for speeds in ("measure", [1, 0.5]):
         with pytest.raises(ValueError, match="of single ranks, but with parallel.ulysses=2 groups of them share their work"):
             check_shares(ParallelConfig("disaggregate", ulysses=2, speeds=speeds))
+    with pytest.raises(ValueError, match="parallel.hops=3 .* Set parallel.cluster to a name or a file, or parallel.hops=2"):
+        check_shares(ParallelConfig("disaggregate", hops=3))
+    check_shares(ParallelConfig("disaggregate", hops=3, cluster="h200"))
     check_shares(ParallelConfig("disaggregate", ulysses=2, tolerance=0.1))
 
 
