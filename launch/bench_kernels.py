@@ -6,6 +6,8 @@ run is the bound. Libraries run as their own users call them; ours run as the ex
 
     python launch/bench_kernels.py                                  # all groups, on a GPU: about 15 minutes
     python launch/bench_kernels.py --only dense gqa --json r.json --plot r.png
+    python launch/bench_kernels.py --only dense --check-only        # compiles and checks: groups side by side fill the caches
+    python launch/bench_kernels.py --claims r.json s.json           # several runs held against the targets; measures nothing
     python launch/bench_kernels.py --write-table                    # what the choice of backends reads from then on
     python launch/bench_kernels.py --set forward:128:128.maximum_first=true --only dense    # another launch of the Hopper kernels
     python launch/bench_kernels.py --device cpu --quick             # shows that it works, its times mean nothing
@@ -50,6 +52,10 @@ def parser() -> argparse.ArgumentParser:
         metavar="KIND[:D:D_V].FIELD=VALUE",
         help="change the launch rows of the Hopper kernels, of all head sizes or of one",
     )
+    made.add_argument("--check-only", action="store_true", help="make and check every contender, time none")
+    made.add_argument(
+        "--claims", nargs="+", type=Path, metavar="FILE", help="hold what --json wrote against the targets, measure nothing"
+    )
     made.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, its times mean nothing")
     made.add_argument("--json", type=Path, metavar="FILE", help="write all figures and samples there")
     made.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures there, a PNG")
@@ -64,6 +70,8 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     import torch
 
     asked = parser().parse_args(words)
+    if asked.claims:
+        return asked
     if asked.device == "auto":
         asked.device = "cuda" if torch.cuda.is_available() else "cpu"
     if asked.device == "cuda" and not torch.cuda.is_available():
@@ -77,6 +85,9 @@ def parse(words: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"--{name} {getattr(asked, name)} was asked for. Pass {least} or more.")
     if not asked.seconds > 0:
         raise ValueError(f"--seconds {asked.seconds:g} is no time to run. Pass seconds above 0.")
+    for name in ("json", "plot", "write_table"):
+        if asked.check_only and getattr(asked, name) is not None:
+            raise ValueError(f"--check-only times nothing that --{name.replace('_', '-')} could write. Leave one of them out.")
     for name in ("json", "plot"):
         path = getattr(asked, name)
         if path and not path.absolute().parent.is_dir():
@@ -117,6 +128,9 @@ def main(arguments: list[str] | None = None) -> int:
     """0 when all was right and measured, 1 when a contender computes something else, 2 for a mistake in what was asked."""
     try:
         asked = parse(arguments)
+        if asked.claims:
+            report_claims(asked.claims)
+            return 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -141,6 +155,22 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def report_claims(paths: list[Path]) -> None:
+    """The targets beside what the runs in some files found."""
+    from rich.console import Console
+
+    from distattn.launch.bench_kernels_claims import Runs, claims, print_claims
+
+    contents = []
+    for path in paths:
+        try:
+            contents.append(json.loads(path.read_text()))
+            contents[-1]["hardware"]["name"], contents[-1]["rates"], contents[-1]["ranks"]
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"--claims {path}: not a file that --json wrote ({error!r}). Name one.") from error
+    print_claims(Console(width=None if sys.stdout.isatty() else 160), claims(Runs(contents)))
+
+
 def measure(asked: argparse.Namespace, command: str) -> Results:
     """All groups that were asked for."""
     import torch
@@ -159,7 +189,7 @@ def measure(asked: argparse.Namespace, command: str) -> Results:
     for case in all_cases(asked.quick):
         if case.group in asked.only and case.direction in asked.direction:
             measure_case(case, asked, protocol, results, lambda: a @ a)
-    if "ranks" in asked.only:
+    if "ranks" in asked.only and not asked.check_only:
         heads = 2 if asked.quick else 16
         case = Case("ranks", "causal", asked.tokens, heads, heads, 128, 128)
         x = inputs(case, asked.dtype, device)
@@ -203,7 +233,8 @@ def measure_case(case: Case, asked: argparse.Namespace, protocol: Protocol, resu
             continue
         contenders[name] = work
     say(f"{case.name}: right: {', '.join(contenders) or 'nobody takes it'}")
-    results.rates[case] = in_turns(device, {GEMM: gemm, **contenders}, protocol)
+    if not asked.check_only:
+        results.rates[case] = in_turns(device, {GEMM: gemm, **contenders}, protocol)
 
 
 def say(text: str) -> None:

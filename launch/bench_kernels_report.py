@@ -17,6 +17,7 @@ from rich.table import Table
 from distattn.kernels import RANKING
 from distattn.kernels.measured import mask_of
 from distattn.launch.bench_kernels_cases import Case
+from distattn.launch.bench_kernels_claims import Runs, claims, print_claims
 from distattn.launch.bench_kernels_measure import Rate
 from distattn.launch.bench_kernels_ranks import SCHEDULES, Distributed
 
@@ -75,7 +76,8 @@ def print_results(results: Results) -> None:
                 *("" if ratio is None else f"{ratio:.3f}" for ratio in ratios),
             )  # fmt: skip
         table.add_section()
-    console.print(table)
+    if results.rates:
+        console.print(table)
     for found in results.distributed:
         for name in SCHEDULES:
             console.print(
@@ -87,6 +89,8 @@ def print_results(results: Results) -> None:
     for who, why in sorted(said):
         console.print(f"not measured: {who}: {why}", style="yellow", highlight=False, markup=False)
     console.print(f"Made by: {results.command} on {results.hardware}", highlight=False, markup=False)
+    if results.hardware.get("capability") == [9, 0]:
+        print_claims(console, claims(Runs([as_json(results)])))
 
 
 def as_json(results: Results) -> dict[str, Any]:
@@ -104,7 +108,8 @@ def as_json(results: Results) -> dict[str, Any]:
         for who, rate in rates.items()
     ]  # fmt: skip
     ranks = [
-        {"direction": found.direction, "world": found.world, "schedule": name, "sum_over_one": found.share(name),
+        {"direction": found.direction, "world": found.world, "tokens": found.tokens, "schedule": name,
+         "sum_over_one": found.share(name),
          "imbalance": found.imbalance(name), "seconds": [rate.seconds for rate in found.ranks[name]], "one": found.one.seconds}
         for found in results.distributed
         for name in SCHEDULES

@@ -43,6 +43,12 @@ def test_it_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert table["status"] == "measured" and {row["mask"] for row in table["order"]} == {"causal", "full", "other"}
 
 
+def test_it_can_check_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_kernels.main([*QUICK, "--only", "gqa", "ranks", "--check-only"]) == 0
+    said = capsys.readouterr()
+    assert "right: aten, SDPA (library)" in said.err and "TFLOP/s" not in said.out and "Made by: " in said.out
+
+
 @pytest.mark.parametrize("what", ["out", "lse", "state", "dq", "dk", "dv"])
 def test_what_is_wrong_is_not_timed(what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class Off(Aten):
@@ -85,6 +91,8 @@ def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["--device", "cpu"], "Pass --quick"),
         ([*QUICK, "--write-table"], "Name a FILE"),
         ([*QUICK, "--rounds", "0"], "Pass 1 or more"),
+        ([*QUICK, "--check-only", "--plot", "x.png"], "Leave one of them out"),
+        (["--claims", str(tmp_path)], "not a file that --json wrote"),
         ([*QUICK, "--seconds", "0"], "above 0"),
         ([*QUICK, "--json", str(tmp_path / "no" / "x")], "there is no folder"),
         ([*QUICK, "--set", "forward.speed=9"], "Use one of forward.consumers"),
