@@ -147,11 +147,26 @@ def tile_pointers(X, token, ROWS: gl.constexpr, WIDTH: gl.constexpr, layout: gl.
 
 
 @gluon.jit
+def prefetch_tile(X, token, start, stop, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    """Asks for rows [start, start + ROWS) of float32, those below ``stop``, to come into the second-level cache."""
+    offsets = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    for piece in gl.static_range((ROWS + 127) // 128):
+        rows = gl.minimum(start + piece * 128 + offsets, stop - 1)
+        for column in gl.static_range(0, WIDTH, 32):  # lines of 128 bytes
+            line = (X + rows.to(gl.int64) * token + column).to(gl.int64)
+            gl.inline_asm_elementwise("prefetch.global.L2 [$1];", "=r,l", [line], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def add_tile(X, x, token, keep, WIDTH: gl.constexpr, layout: gl.constexpr):
-    """Adds a tile of 64 rows to what stands at X, ``keep`` [64] rows of it: 4 lanes share a sector."""
+    """Adds a tile of 64 rows to what stands at X, ``keep`` [64] rows of it: 4 lanes share a sector.
+
+    Atomics whose result nobody reads: the second-level cache adds, and no program waits for what stood there. Where a program
+    is the only one that adds to an element in its launch, as everywhere here, the order of sums is fixed all the same.
+    """
     pointers = tile_pointers(X, token, 64, WIDTH, layout)
     inside = spread(keep, layout)
-    gl.store(pointers, gl.load(pointers, mask=inside, other=0.0) + x, mask=inside)
+    gl.atomic_add(pointers, x, mask=inside, sem="relaxed")
 
 
 # 32 sums a thread as 8 adds of 16 bytes, each 512 bytes of a warp in one piece; all 32 elements come with one address

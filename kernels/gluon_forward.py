@@ -26,6 +26,7 @@ from distattn.kernels.gluon_blocks import (
     hide,
     load_item,
     load_runs,
+    prefetch_tile,
     product_over_head,
     row_maxima,
     row_sums_of_threads,
@@ -38,11 +39,11 @@ from distattn.kernels.gluon_blocks import (
 
 @gluon.jit
 def _produce(
-    descriptors, memory, barriers, work, loads,
+    descriptors, memory, barriers, work, loads, state,
     CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr,
+    D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr, STATE: gl.constexpr,
 ):  # fmt: skip
-    """Fetches what the consumers will read, as far ahead as there are stages."""
+    """Fetches what the consumers will read, as far ahead as there are stages, and the incoming state as far as the cache."""
     q_from, q2_from, k_from, k2_from, v_from, v2_from = descriptors
     q_s, q2_s, k_s, k2_s, v_s, v2_s = memory
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = barriers
@@ -58,6 +59,9 @@ def _produce(
             tma.async_copy_global_to_shared(q_from, [start + c * 64, head * q_head], q_full.index(c), q_s.index(c))
             if D2:
                 tma.async_copy_global_to_shared(q2_from, [start + c * 64, head * q_head + D], q_full.index(c), q2_s.index(c))
+        if STATE:  # read at the item's end, by all programs at once where items are equal: memory has the whole item for it
+            O_IN, in_token, in_head, n_q = state
+            prefetch_tile(O_IN + head.to(gl.int64) * in_head, in_token, start, n_q, CONSUMERS * 64, D_V + D_V2)
         k_column = head // group * k_head
         v_column = head // group * v_head
         for entry in range(first, last):
@@ -162,15 +166,22 @@ def _finish_rows(sums, top, lse_at, exists, STATE: gl.constexpr):
 
 
 @gluon.jit
+def _load_tile(O_IN, in_token, exists, WIDTH: gl.constexpr, STATE: gl.constexpr, layout: gl.constexpr):
+    """Part of a tile of the incoming o: not awaited before it is used."""
+    if STATE:
+        return gl.load(tile_pointers(O_IN, in_token, 64, WIDTH, layout), mask=spread(exists, layout), other=0.0)
+    else:
+        return 0
+
+
+@gluon.jit
 def _store_tile(
-    acc, weight, weight_in, live, keep, O, O_IN, o_token, in_token, WIDTH: gl.constexpr, STATE: gl.constexpr, layout: gl.constexpr
+    acc, o_in, weight, weight_in, live, keep, O, o_token, WIDTH: gl.constexpr, STATE: gl.constexpr, layout: gl.constexpr
 ):
     """Part of a tile of o straight from the accumulators, joined with the incoming state: 4 lanes write one sector."""
     o = acc * spread(weight, layout)
     if STATE:  # the o of an empty row is not used: whatever stands there counts as 0
-        inside = spread(live, layout)
-        o_in = gl.load(tile_pointers(O_IN, in_token, 64, WIDTH, layout), mask=inside, other=0.0)
-        o = o + gl.where(inside, o_in, 0.0) * spread(weight_in, layout)
+        o = o + gl.where(spread(live, layout), o_in, 0.0) * spread(weight_in, layout)
     gl.store(tile_pointers(O, o_token, 64, WIDTH, layout), o.to(O.dtype.element_ty), mask=spread(keep, layout))
 
 
@@ -261,6 +272,9 @@ def _consume(
         keep = exists
         if not ALL_ROWS:
             keep = exists & (sums > 0.0)
+        in_at = O_IN + base * in_token + head.to(gl.int64) * in_head
+        # in flight beside the last product; two parts would not fit beside their sums
+        o_in = _load_tile(in_at, in_token, exists, D_V, STATE and D_V2 == 0, o_layout)
         lse, weight, weight_in, live = _finish_rows(sums, top, lse_at, exists, STATE)
         gl.store(lse_at, lse, mask=keep)
         accs = await_parts(accs, 0, D_V2 > 0)
@@ -272,12 +286,12 @@ def _consume(
             tma.async_copy_shared_to_global(o_to, [row0, head * o_head], o_s.index(CID))
         else:
             o_at = O + base * o_token + head.to(gl.int64) * o_head
-            in_at = O_IN + base * in_token + head.to(gl.int64) * in_head
-            _store_tile(accs[0], weight, weight_in, live, keep, o_at, in_at, o_token, in_token, D_V, STATE, o_layout)
             if D_V2:
-                _store_tile(
-                    accs[1], weight, weight_in, live, keep, o_at + D_V, in_at + D_V, o_token, in_token, D_V2, STATE, o2_layout
-                )
+                o_in = _load_tile(in_at, in_token, exists, D_V, STATE, o_layout)
+            _store_tile(accs[0], o_in, weight, weight_in, live, keep, o_at, o_token, D_V, STATE, o_layout)
+            if D_V2:
+                o_in = _load_tile(in_at + D_V, in_token, exists, D_V2, STATE, o2_layout)
+                _store_tile(accs[1], o_in, weight, weight_in, live, keep, o_at + D_V, o_token, D_V2, STATE, o2_layout)
         head = next_head
         start = next_start
         first = next_first
@@ -345,6 +359,7 @@ def forward_kernel(
     strides = (o_token, o_head, lse_token, lse_head, in_token, in_head)
     addresses = (n_items, strides, n_q, inner, outer)
     loads = (n_items, group, q_head, k_head, v_head)
+    state = (O_IN, in_token, in_head, n_q)
     ZERO: gl.constexpr = 0
     ONE: gl.constexpr = 1
     TWO: gl.constexpr = 2
@@ -355,7 +370,8 @@ def forward_kernel(
                             D2, D_V, D_V2, STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST)),
                 (_consume, (ONE, o_to, outputs, memory, o_s, barriers, work, addresses, CONSUMERS, BLOCK_K, STAGES,
                             D2, D_V, D_V2, STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST)),
-                (_produce, (descriptors, memory, barriers, work, loads, CONSUMERS, BLOCK_K, STAGES, D, D2, D_V, D_V2)),
+                (_produce, (descriptors, memory, barriers, work, loads, state,
+                            CONSUMERS, BLOCK_K, STAGES, D, D2, D_V, D_V2, STATE)),
             ],
             [4, 4],
             [REGISTERS, PRODUCER_REGISTERS],
@@ -369,7 +385,8 @@ def forward_kernel(
                             D2, D_V, D_V2, STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST)),
                 (_consume, (TWO, o_to, outputs, memory, o_s, barriers, work, addresses, CONSUMERS, BLOCK_K, STAGES,
                             D2, D_V, D_V2, STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST)),
-                (_produce, (descriptors, memory, barriers, work, loads, CONSUMERS, BLOCK_K, STAGES, D, D2, D_V, D_V2)),
+                (_produce, (descriptors, memory, barriers, work, loads, state,
+                            CONSUMERS, BLOCK_K, STAGES, D, D2, D_V, D_V2, STATE)),
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, PRODUCER_REGISTERS],

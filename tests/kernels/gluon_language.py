@@ -118,6 +118,23 @@ def add_to_scratch(x: Value, address: Address) -> None:
     memory.flat[places] += x.x.reshape(-1)
 
 
+def prefetch_tile(X: Pointer, token: int, start: int, stop: int, ROWS: int, WIDTH: int) -> None:
+    """In place of the inline assembly of that name: what is asked for must be there."""
+    for row in (start, min(start + ROWS, int(stop)) - 1):
+        X.memory.check(torch.arange(WIDTH) + int(X.offset) + int(row) * int(token), "a prefetch")
+
+
+def _atomic_add(pointer: Pointer, value: Value, mask: Value, sem: str) -> None:
+    """Whoever adds must be the only one, so that the order of sums is fixed."""
+    if value.dtype != pointer.memory.flat.dtype or sem != "relaxed":
+        raise KernelError(f"{value.dtype} is added to {pointer.memory.flat.dtype}, {sem}")
+    keep = mask.x.expand(pointer.offset.shape)
+    places = pointer.offset[keep]
+    pointer.memory.check(places, "an atomic add")
+    current[1].write(pointer.memory, places, _who())
+    pointer.memory.flat[places] += value.x[keep]
+
+
 def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
     if layout == "barriers":
         return Barriers(shape[0])
@@ -235,7 +252,7 @@ language = SimpleNamespace(
     exp2=lambda x: Value(torch.exp2(x.x), x.layout),
     log2=lambda x: Value(torch.log2(x.x), x.layout),
     maximum=_extremum(max, torch.maximum), minimum=_extremum(min, torch.minimum),
-    where=_where, load=_load, store=_store,
+    where=_where, load=_load, store=_store, atomic_add=_atomic_add,
     static_range=range,
     program_id=lambda axis: scalar(machine().program),
     num_programs=lambda axis: scalar(machine().grid),  # type: ignore[attr-defined]
@@ -294,8 +311,9 @@ def load(name: str, replace: dict[str, Callable[[str], str]] | None = None) -> M
                 source = changed
             made.__dict__["__builtins__"] = {**vars(builtins), "__import__": find}
             exec(compile(source, str(folder / f"{short}.py"), "exec"), made.__dict__)
-            if "add_to_scratch" in made.__dict__:
-                made.__dict__["add_to_scratch"] = add_to_scratch
+            for function in (add_to_scratch, prefetch_tile):  # what the source says in assembly
+                if function.__name__ in made.__dict__:
+                    made.__dict__[function.__name__] = function
         return loaded[short]
 
     return execute(name)
