@@ -12,7 +12,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -21,12 +20,14 @@ from distattn.kernels.gluon_blocks import (
     add_products,
     add_tile,
     add_to_scratch,
+    async_load,
     await_parts,
     barrier,
     hide,
     load_item,
     load_runs,
     product_over_head,
+    reinterpret,
     scratch_places,
     streamed_tile,
     tanh,
@@ -48,12 +49,12 @@ def _fetch_queries(
     head, start, first, last = load_item(SLOTS, gl.program_id(0))
     mbarrier.expect(kv_full.index(0), KEY_TILES * 64 * (D + D2 + D_V + D_V2) * 2)
     for c in gl.static_range(KEY_TILES):
-        tma.async_copy_global_to_shared(k_from, [start + c * 64, head * k_head], kv_full.index(0), k_s.index(c))
-        tma.async_copy_global_to_shared(v_from, [start + c * 64, head * v_head], kv_full.index(0), v_s.index(c))
+        async_load(k_from, [start + c * 64, head * k_head], kv_full.index(0), k_s.index(c))
+        async_load(v_from, [start + c * 64, head * v_head], kv_full.index(0), v_s.index(c))
         if D2:
-            tma.async_copy_global_to_shared(k2_from, [start + c * 64, head * k_head + D], kv_full.index(0), k2_s.index(c))
+            async_load(k2_from, [start + c * 64, head * k_head + D], kv_full.index(0), k2_s.index(c))
         if D_V2:
-            tma.async_copy_global_to_shared(v2_from, [start + c * 64, head * v_head + D_V], kv_full.index(0), v2_s.index(c))
+            async_load(v2_from, [start + c * 64, head * v_head + D_V], kv_full.index(0), v2_s.index(c))
     it = 0
     n_entries = last - first
     for turn in range(n_entries * group):
@@ -64,15 +65,15 @@ def _fetch_queries(
             s = it % STAGES
             mbarrier.wait(empty.index(s), ((it // STAGES) & 1) ^ 1)
             mbarrier.expect(q_full.index(s), BLOCK_Q * (D + D2) * 2 + BLOCK_Q * 4)
-            tma.async_copy_global_to_shared(q_from, [row, query_head * q_head], q_full.index(s), q_s.index(s))
+            async_load(q_from, [row, query_head * q_head], q_full.index(s), q_s.index(s))
             if D2:
-                tma.async_copy_global_to_shared(q2_from, [row, query_head * q_head + D], q_full.index(s), q2_s.index(s))
-            tma.async_copy_global_to_shared(lse_from, [query_head * padded + row], q_full.index(s), lse_s.index(s))
+                async_load(q2_from, [row, query_head * q_head + D], q_full.index(s), q2_s.index(s))
+            async_load(lse_from, [query_head * padded + row], q_full.index(s), lse_s.index(s))
             mbarrier.expect(g_full.index(s), BLOCK_Q * (D_V + D_V2) * 2 + BLOCK_Q * 4)
-            tma.async_copy_global_to_shared(g_from, [row, query_head * g_head], g_full.index(s), g_s.index(s))
+            async_load(g_from, [row, query_head * g_head], g_full.index(s), g_s.index(s))
             if D_V2:
-                tma.async_copy_global_to_shared(g2_from, [row, query_head * g_head + D_V], g_full.index(s), g2_s.index(s))
-            tma.async_copy_global_to_shared(delta_from, [query_head * padded + row], g_full.index(s), delta_s.index(s))
+                async_load(g2_from, [row, query_head * g_head + D_V], g_full.index(s), g2_s.index(s))
+            async_load(delta_from, [query_head * padded + row], g_full.index(s), delta_s.index(s))
             it += 1
 
 
@@ -228,8 +229,8 @@ def _sum_keys(
     before = start * 0  # the step before the first adds its zeros to the first tile
     if FUSED:
         k_s = memory[2]
-        k_r = k_s._reinterpret(k_s.dtype, [2 * D // 64, 64, 64], k_s.layout)
-        ds_r = ds_s._reinterpret(ds_s.dtype, [8 * BLOCK_Q // 64, 64, 64], ds_s.layout)
+        k_r = reinterpret(k_s, k_s.dtype, [2 * D // 64, 64, 64], k_s.layout)
+        ds_r = reinterpret(ds_s, ds_s.dtype, [8 * BLOCK_Q // 64, 64, 64], ds_s.layout)
         thread = (scratch_places(q_layout) * 4).to(gl.int64) + (SCRATCH.to(gl.int64) + CID * 16384)
         # ds of the step before the first is 0: its product needs no special case
         _share(gl.full([64, BLOCK_Q], 0.0, ds_s.dtype, s_layout), ds_s, ds_full, 0, CID)

@@ -22,6 +22,8 @@ from distattn.kernels.gluon_blocks import (
     LN_2,
     NOTHING,
     add_products,
+    async_load,
+    async_store,
     await_parts,
     hide,
     load_item,
@@ -56,9 +58,9 @@ def _produce(
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(q_empty.index(c), (turn & 1) ^ 1)
             mbarrier.expect(q_full.index(c), 64 * (D + D2) * 2)
-            tma.async_copy_global_to_shared(q_from, [start + c * 64, head * q_head], q_full.index(c), q_s.index(c))
+            async_load(q_from, [start + c * 64, head * q_head], q_full.index(c), q_s.index(c))
             if D2:
-                tma.async_copy_global_to_shared(q2_from, [start + c * 64, head * q_head + D], q_full.index(c), q2_s.index(c))
+                async_load(q2_from, [start + c * 64, head * q_head + D], q_full.index(c), q2_s.index(c))
         if STATE:  # read at the item's end, by all programs at once where items are equal: memory has the whole item for it
             O_IN, in_token, in_head, n_q = state
             prefetch_tile(O_IN + head.to(gl.int64) * in_head, in_token, start, n_q, CONSUMERS * 64, D_V + D_V2)
@@ -72,14 +74,14 @@ def _produce(
                 lap = (it // STAGES) & 1
                 mbarrier.wait(k_empty.index(s), lap ^ 1)
                 mbarrier.expect(k_full.index(s), BLOCK_K * (D + D2) * 2)
-                tma.async_copy_global_to_shared(k_from, [row, k_column], k_full.index(s), k_s.index(s))
+                async_load(k_from, [row, k_column], k_full.index(s), k_s.index(s))
                 if D2:
-                    tma.async_copy_global_to_shared(k2_from, [row, k_column + D], k_full.index(s), k2_s.index(s))
+                    async_load(k2_from, [row, k_column + D], k_full.index(s), k2_s.index(s))
                 mbarrier.wait(v_empty.index(s), lap ^ 1)
                 mbarrier.expect(v_full.index(s), BLOCK_K * (D_V + D_V2) * 2)
-                tma.async_copy_global_to_shared(v_from, [row, v_column], v_full.index(s), v_s.index(s))
+                async_load(v_from, [row, v_column], v_full.index(s), v_s.index(s))
                 if D_V2:
-                    tma.async_copy_global_to_shared(v2_from, [row, v_column + D_V], v_full.index(s), v2_s.index(s))
+                    async_load(v2_from, [row, v_column + D_V], v_full.index(s), v2_s.index(s))
                 it += 1
 
 
@@ -283,7 +285,7 @@ def _consume(
             tma.store_wait(0)  # the last item's store has read the buffer
             o_s.index(CID).store((accs[0] * spread(weight, o_layout)).to(DTYPE))
             fence_async_shared()
-            tma.async_copy_shared_to_global(o_to, [row0, head * o_head], o_s.index(CID))
+            async_store(o_to, [row0, head * o_head], o_s.index(CID))
         else:
             o_at = O + base * o_token + head.to(gl.int64) * o_head
             if D_V2:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
 from distattn.kernels.gluon_blocks import (
     add_products,
     add_tile,
+    async_load,
     await_parts,
     hide,
     load_extent,
@@ -41,12 +42,12 @@ def _fetch_keys(
     head, start = load_place(SLOTS, gl.program_id(0))
     for c in gl.static_range(2):
         mbarrier.expect(q_full.index(c), 64 * (D + D2 + D_V + D_V2) * 2)
-        tma.async_copy_global_to_shared(q_from, [start + c * 64, head * q_head], q_full.index(c), q_s.index(c))
-        tma.async_copy_global_to_shared(g_from, [start + c * 64, head * g_head], q_full.index(c), g_s.index(c))
+        async_load(q_from, [start + c * 64, head * q_head], q_full.index(c), q_s.index(c))
+        async_load(g_from, [start + c * 64, head * g_head], q_full.index(c), g_s.index(c))
         if D2:
-            tma.async_copy_global_to_shared(q2_from, [start + c * 64, head * q_head + D], q_full.index(c), q2_s.index(c))
+            async_load(q2_from, [start + c * 64, head * q_head + D], q_full.index(c), q2_s.index(c))
         if D_V2:
-            tma.async_copy_global_to_shared(g2_from, [start + c * 64, head * g_head + D_V], q_full.index(c), g2_s.index(c))
+            async_load(g2_from, [start + c * 64, head * g_head + D_V], q_full.index(c), g2_s.index(c))
     k_column = head // group * k_head
     v_column = head // group * v_head
     it = 0
@@ -61,14 +62,14 @@ def _fetch_keys(
             lap = (it // STAGES) & 1
             mbarrier.wait(k_empty.index(s), lap ^ 1)
             mbarrier.expect(k_full.index(s), BLOCK_K * (D + D2) * 2)
-            tma.async_copy_global_to_shared(k_from, [row, k_column], k_full.index(s), k_s.index(s))
+            async_load(k_from, [row, k_column], k_full.index(s), k_s.index(s))
             if D2:
-                tma.async_copy_global_to_shared(k2_from, [row, k_column + D], k_full.index(s), k2_s.index(s))
+                async_load(k2_from, [row, k_column + D], k_full.index(s), k2_s.index(s))
             mbarrier.wait(v_empty.index(s), lap ^ 1)
             mbarrier.expect(v_full.index(s), BLOCK_K * (D_V + D_V2) * 2)
-            tma.async_copy_global_to_shared(v_from, [row, v_column], v_full.index(s), v_s.index(s))
+            async_load(v_from, [row, v_column], v_full.index(s), v_s.index(s))
             if D_V2:
-                tma.async_copy_global_to_shared(v2_from, [row, v_column + D_V], v_full.index(s), v2_s.index(s))
+                async_load(v2_from, [row, v_column + D_V], v_full.index(s), v2_s.index(s))
             it += 1
 
 

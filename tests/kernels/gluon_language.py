@@ -256,7 +256,7 @@ language = SimpleNamespace(
     static_range=range,
     program_id=lambda axis: scalar(machine().program),
     num_programs=lambda axis: scalar(machine().grid),  # type: ignore[attr-defined]
-    allocate_shared_memory=_allocate, warp_specialize=_specialize,
+    allocate_shared_memory=_allocate, shared_memory_descriptor=Shared, warp_specialize=_specialize,
     barrier=lambda: machine().running.barrier(),
     inline_asm_elementwise=None,
 )  # fmt: skip
@@ -268,8 +268,8 @@ mbarrier = SimpleNamespace(
     expect=lambda barrier, n_bytes: barrier.expect(n_bytes),
 )
 tma = SimpleNamespace(
-    async_copy_global_to_shared=_copy_in,
-    async_copy_shared_to_global=_copy_out,
+    async_load=_copy_in,
+    async_store=_copy_out,
     store_wait=lambda outstanding: machine().await_stores(outstanding),
 )
 hopper = SimpleNamespace(

@@ -292,7 +292,7 @@ class Shared:
         assert order == (1, 0)
         return Shared(self.place, self.start, self.shape, self.layout, not self.turned)
 
-    def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
+    def reinterpret(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
         assert dtype == self.dtype and layout is self.layout and math.prod(shape) == math.prod(self.shape)
         return Shared(self.place, self.start, list(shape), layout)
 

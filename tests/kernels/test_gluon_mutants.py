@@ -80,8 +80,8 @@ FORWARD_MUTANTS = {
         "before they were announced",
     ),
     "no fence before the store": (
-        "            fence_async_shared()\n            tma.async_copy_shared",
-        "            tma.async_copy_shared",
+        "            fence_async_shared()\n            async_store",
+        "            async_store",
         "no fence",
     ),
     "o is overwritten while it is stored": (
