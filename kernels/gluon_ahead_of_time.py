@@ -179,7 +179,7 @@ def compile_case(case: Case, rows: dict[str, Any] | None = None) -> Compiled:
     made = compile_source(_source(launched), target=TARGET, options=options)
     seconds = time.perf_counter() - began
     ptx = made.asm["ptx"]
-    registers, spills, said = assemble(ptx, TARGET.arch)
+    _, registers, spills, said = assemble(ptx, TARGET.arch)
     serialized = re.search(r"wgmma.*serializ", said) is not None
     return Compiled(
         case, seconds, made.metadata.num_warps, registers, spills, spills_in_loops(made.asm["cubin"]), made.metadata.shared,
