@@ -136,39 +136,34 @@ def _tools() -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def _assembler(arch: int) -> list[str | Path]:
-    """The tool with which triton assembles for ``arch``, and its options that change the code."""
+def assembler(arch: int) -> list[str | Path]:
+    """The tool with which triton assembles for ``arch``, and those of its options that change the code."""
     version, newer = TorchVersion(triton.__version__), _tools() / "ptxas-blackwell"
     first = 90 if version >= TorchVersion("3.9") else 100
     options = ["--regAllocOptLevel=2"] if version >= TorchVersion("3.7") else []
-    return [newer if arch >= first and newer.exists() else _tools() / "ptxas", *options]
+    tool = newer if arch >= first and newer.exists() else _tools() / "ptxas"
+    return [tool, *options, f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"]
 
 
-def assemble(ptx: str, arch: int) -> tuple[bytes, int, int, str]:
-    """(cubin, registers, bytes spilled, all that was said), assembled again as triton did, which keeps no word of it."""
+def assemble(ptx: str, arch: int) -> tuple[int, int, str]:
+    """(registers, bytes spilled, all that was said) where PTX is assembled as triton did, which keeps no word of it."""
     with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        name = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
-        command = [*_assembler(arch), "-v", name, source, "-o", target]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        cubin = target.read_bytes()
-    spills = _figure(r"(\d+) bytes spill stores", said) + _figure(r"(\d+) bytes spill loads", said)
-    return cubin, _figure(r"Used (\d+) registers", said), spills, said
-
-
-def instructions(cubin: bytes) -> list[tuple[int, str]]:
-    """(address, text) of the machine code."""
-    with tempfile.TemporaryDirectory() as folder:
-        code = Path(folder) / "kernel.cubin"
-        code.write_bytes(cubin)
-        done = subprocess.run([_tools() / "cuobjdump", "-sass", code], capture_output=True, text=True, check=True)
-    return [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", done.stdout)]
+        command = [*assembler(arch), "-v", source, "-o", f"{folder}/kernel.o"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    spills = _figure(r"(\d+) bytes spill stores", done.stderr) + _figure(r"(\d+) bytes spill loads", done.stderr)
+    return _figure(r"Used (\d+) registers", done.stderr), spills, done.stderr
 
 
 def spills_in_loops(cubin: bytes) -> int:
     """How many instructions of the innermost loops with matrix products move registers to local memory or back."""
-    lines = instructions(cubin)
+    with tempfile.TemporaryDirectory() as folder:
+        code = Path(folder) / "kernel.cubin"
+        code.write_bytes(cubin)
+        done = subprocess.run([_tools() / "cuobjdump", "-sass", code], capture_output=True, text=True, check=True)
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", done.stdout)
+    lines = [(int(at, 16), text) for at, text in found]
     jumps = [(int(jump[1], 16), at) for at, text in lines if (jump := re.search(r"BRA\b.*?0x([0-9a-f]+)", text))]
     # a barrier that is not ready yet is tried again far behind everything else, which is no loop of the kernel's
     waits = {at + 16 for at, text in lines if "TRYWAIT" in text}
@@ -193,12 +188,12 @@ def compile_case(case: Case, launch: Launch | None = None, kernel: JITFunction |
             "Compiling needs triton's compiler, found its interpreter. Unset TRITON_INTERPRET before importing triton."
         )
     target, began = TARGETS[case.target], time.perf_counter()
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     made = compile_source(_source(kernel, case, launch), target=target, options=options)
     seconds = time.perf_counter() - began
     if target.backend == "cuda":
         ptx = made.asm["ptx"]
-        _, registers, spills, said = assemble(ptx, target.arch)
+        registers, spills, said = assemble(ptx, target.arch)
         serialized = re.search(r"wgmma.*serializ", said) is not None
         products = [line for line in ptx.splitlines() if "mma" in line]
         wgmma, mma = ptx.count("wgmma.mma_async"), ptx.count("mma.sync.aligned") + ptx.count("tcgen05.mma")
