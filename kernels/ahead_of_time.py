@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from torch.torch_version import TorchVersion
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_source
@@ -135,16 +136,22 @@ def _tools() -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
+def assembler(arch: int) -> list[str | Path]:
+    """The tool with which triton assembles for ``arch``, and those of its options that change the code."""
+    version, newer = TorchVersion(triton.__version__), _tools() / "ptxas-blackwell"
+    first = 90 if version >= TorchVersion("3.9") else 100
+    options = ["--regAllocOptLevel=2"] if version >= TorchVersion("3.7") else []
+    tool = newer if arch >= first and newer.exists() else _tools() / "ptxas"
+    return [tool, *options, f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"]
+
+
 def assemble(ptx: str, arch: int) -> tuple[int, int, str]:
-    """(registers, bytes spilled, all that was said) by the assembler that triton ships."""
-    tools = _tools()
-    blackwell = tools / "ptxas-blackwell"
-    tool = blackwell if arch >= 100 and blackwell.exists() else tools / "ptxas"
+    """(registers, bytes spilled, all that was said) where PTX is assembled as triton did, which keeps no word of it."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        name = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
-        done = subprocess.run([tool, "-v", name, source, "-o", f"{folder}/kernel.o"], capture_output=True, text=True, check=True)
+        command = [*assembler(arch), "-v", source, "-o", f"{folder}/kernel.o"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     spills = _figure(r"(\d+) bytes spill stores", done.stderr) + _figure(r"(\d+) bytes spill loads", done.stderr)
     return _figure(r"Used (\d+) registers", done.stderr), spills, done.stderr
 
@@ -181,7 +188,7 @@ def compile_case(case: Case, launch: Launch | None = None, kernel: JITFunction |
             "Compiling needs triton's compiler, found its interpreter. Unset TRITON_INTERPRET before importing triton."
         )
     target, began = TARGETS[case.target], time.perf_counter()
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     made = compile_source(_source(kernel, case, launch), target=target, options=options)
     seconds = time.perf_counter() - began
     if target.backend == "cuda":

@@ -174,7 +174,7 @@ def _source(launched: Launched) -> GluonASTSource:
 def compile_case(case: Case, rows: dict[str, Any] | None = None) -> Compiled:
     """Compiles ``case`` for sm_90 (5 to 20 seconds), with ``rows`` in place of fields of its launch row."""
     launched = record(case, rows)
-    options = {name: launched.named[name] for name in ("num_warps", "maxnreg") if name in launched.named}
+    options = {name: launched.named[name] for name in ("num_warps", "maxnreg", "enable_fp_fusion") if name in launched.named}
     began = time.perf_counter()
     made = compile_source(_source(launched), target=TARGET, options=options)
     seconds = time.perf_counter() - began

@@ -225,8 +225,9 @@ class GluonBackend:
             self._key_gradients(FUSED, inputs, bands, scores, dk, dv, scratch)
             with _on(q.device):
                 self._kernel(SCRATCH)[(2 * q.shape[1] * tiles,)](
-                    dq, scratch, *dq.stride()[:2], q.shape[0], tiles, scores.scale, D=q.shape[2], BLOCK_Q=block_q, num_warps=4
-                )
+                    dq, scratch, *dq.stride()[:2], q.shape[0], tiles, scores.scale, D=q.shape[2], BLOCK_Q=block_q, num_warps=4,
+                    enable_fp_fusion=True,
+                )  # fmt: skip
 
     def _key_gradients(
         self, kind: str, inputs: Inputs, bands: Bands, scores: Scores, dk: Tensor, dv: Tensor, scratch: Tensor
@@ -335,6 +336,7 @@ def _registers(row: Any) -> dict[str, int]:
         "PRODUCER_REGISTERS": row.producer_registers,
         "num_warps": 4,
         "maxnreg": row.entry_registers,
+        "enable_fp_fusion": True,  # no longer the default from triton 3.10 on
     }
 
 

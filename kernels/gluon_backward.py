@@ -242,6 +242,8 @@ def _sum_keys(
         limits_at = ENTRIES + (first + turn % n_entries) * 10
         begin, left, full, right = load_runs(ENTRIES, first + turn % n_entries)
         for n in range(left + full + right):
+            if FUSED or SOFTCAP:  # read again for each tile (it >> 24 is 0, but opaque), so that its runs take no registers
+                begin, left, full, right = load_runs(limits_at, it >> 24)
             column = begin + streamed_tile(n, left, full, right) * BLOCK_Q
             dks, dvs = _key_step(
                 dks, dvs, it, n < left + right, rows, limits_at, column, inner, outer, thread, before,

@@ -158,10 +158,11 @@ def _sum_queries(
             before = (it - 1) % STAGES
             lap = (it // STAGES) & 1
             masked = n < left + right
+            mine = CID + (it >> 24)  # CID, but opaque: keeps what addresses q and g from being hoisted, and then spilled
             mbarrier.wait(k_full.index(stage), lap)
-            products = product_over_head(q, q2, k_s.index(stage), k2_s.index(stage), zero, SPLIT)
+            products = product_over_head(q_s.index(mine), q2_s.index(mine), k_s.index(stage), k2_s.index(stage), zero, SPLIT)
             mbarrier.wait(v_full.index(stage), lap)
-            dp = product_over_head(g, g2, v_s.index(stage), v2_s.index(stage), zero, D_V2 > 0)
+            dp = product_over_head(g_s.index(mine), g2_s.index(mine), v_s.index(stage), v2_s.index(stage), zero, D_V2 > 0)
             dqs = add_products(ds, k_s.index(before), k2_s.index(before), dqs, SPLIT)
             s = warpgroup_mma_wait(V_GROUPS + D_GROUPS, deps=[products])
             column = begin + streamed_tile(n, left, full, right) * BLOCK_K

@@ -180,5 +180,6 @@ def _launch(kind: str, tensors: list[Tensor], bands: Bands, scores: Scores, all_
             UPCAST=interpreted() and q.dtype == torch.bfloat16,
             num_warps=chosen.warps,
             num_stages=chosen.stages,
+            enable_fp_fusion=True,  # no longer the default from triton 3.10 on
             **flags,
         )

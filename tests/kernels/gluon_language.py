@@ -213,7 +213,9 @@ class Kernel:
         return self.function(*arguments, **named)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*arguments: Any, num_warps: int, maxnreg: int | None = None, **named: Any) -> None:
+        def launch(
+            *arguments: Any, num_warps: int, maxnreg: int | None = None, enable_fp_fusion: bool = False, **named: Any
+        ) -> None:
             launched = Launch()
             inside = [_argument(x) for x in arguments]
             for program in range(grid[0]):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ pytest.importorskip("triton", minversion="3.6", reason="Gluon is part of triton 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs triton's compiler, and this process interprets", allow_module_level=True)
 
+from distattn.kernels import gluon_ahead_of_time  # noqa: E402
+from distattn.kernels.ahead_of_time import assembler  # noqa: E402
 from distattn.kernels.gluon_ahead_of_time import CALLS, KINDS, Case, Compiled, all_cases, compile_case, record  # noqa: E402
 from distattn.kernels.gluon_launch import FORWARD, FUSED, KEYS, QUERIES, ROWS, SCRATCH  # noqa: E402
 
@@ -83,6 +87,25 @@ def test_launches_that_are_to_be_measured(case: Case, change: dict[str, Any]) ->
 def test_spills_are_found() -> None:
     made = compile_case(Case(FORWARD, 128, 128), {"block_k": 256, "stages": 1, "stage_out": False})
     assert made.spills_in_loops and len(made.violations) >= 2
+
+
+def test_what_is_read_is_what_triton_assembles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report assembles the PTX again for what the assembler says: the same machine code must come of it."""
+    kept = []
+    made = gluon_ahead_of_time.compile_source
+    monkeypatch.setattr(gluon_ahead_of_time, "compile_source", lambda *a, **named: kept.append(made(*a, **named)) or kept[0])
+    compile_case(Case(QUERIES, 64, 64))
+    (tmp_path / "again.ptx").write_text(kept[0].asm["ptx"])
+    (tmp_path / "triton.cubin").write_bytes(kept[0].asm["cubin"])
+    command = assembler(90)
+    subprocess.run([*command, tmp_path / "again.ptx", "-o", tmp_path / "again.cubin"], check=True)
+
+    def code(name: str) -> list[str]:
+        tool = Path(command[0]).with_name("cuobjdump")
+        listed = subprocess.run([tool, "-sass", tmp_path / name], capture_output=True, text=True, check=True).stdout
+        return [line for line in listed.splitlines() if "/*" in line]
+
+    assert len(code("triton.cubin")) > 1000 and code("triton.cubin") == code("again.cubin")
 
 
 def test_what_is_compiled_is_what_is_launched() -> None:
