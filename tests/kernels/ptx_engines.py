@@ -16,8 +16,8 @@ from tests.kernels.gluon_machine import KernelError
 from tests.kernels.ptx_global import TensorMap
 from tests.kernels.ptx_lanes import Lanes, Mask, View, Warp
 from tests.kernels.ptx_parse import Address, Immediate, Instruction, Operand, Register, Vector
-from tests.kernels.ptx_shared import PRODUCTS, SHARED_BASE, STORES, Clocks, swizzled
-from tests.kernels.ptx_translate import PRODUCT, Step, key
+from tests.kernels.ptx_shared import PRODUCTS, SHARED_BASE, STORES, swizzled
+from tests.kernels.ptx_translate import PRODUCT, Step
 from tests.kernels.ptx_wgmma import Descriptor, Group, Product, decode, execute, granules
 
 
@@ -108,8 +108,9 @@ class Engines(Lanes):
     def _check_registers(self, warp: Warp, product: Product, keys: set[int], x: Instruction) -> None:
         flight = warp.flight
         for n in flight.dirty:
-            if not keys.isdisjoint(self.step_writes(n)):
-                raise KernelError(f"{x}: its registers were written since the last wgmma.fence")
+            # LLVM lets copies of registers slip behind the fence, and the assembler joins them with what they copy
+            if not keys.isdisjoint(self.step_computes(n)):
+                raise KernelError(f"{x}: its registers were computed since the last wgmma.fence")
         if not flight.fenced:
             raise KernelError(f"{x} before any wgmma.fence")
         if any(flight.accumulators.get(r, product.accumulators) != product.accumulators for r in product.accumulators):
@@ -117,7 +118,7 @@ class Engines(Lanes):
         if any(r in flight.accumulators for r in product.sources):
             raise KernelError(f"{x}: registers of A that products in flight write")
 
-    def step_writes(self, n: int) -> frozenset[int]:
+    def step_computes(self, n: int) -> frozenset[int]:
         raise NotImplementedError
 
     def wgmma_commit(self, v: View, mask: Mask, step: Step) -> None:
@@ -281,9 +282,3 @@ class Engines(Lanes):
         assert isinstance(count, Immediate)
         for warp in v.warps:
             self._finish_stores(warp, min(count.value, len(warp.store_groups)), wait=True)
-
-    def clocks_of(self, warps: list[Warp]) -> list[Clocks]:
-        return [w.clocks for w in warps]
-
-
-__all__ = ["Engines", "key"]

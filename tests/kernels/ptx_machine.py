@@ -58,8 +58,8 @@ class Machine(Engines):
         products = [s for s in self.steps if s.kind == "product"]
         self.product_keys = frozenset(k for s in products for o in s.instruction.operands[:2] for k in map(key, registers(o)))
 
-    def step_writes(self, n: int) -> frozenset[int]:
-        return self.steps[n].writes
+    def step_computes(self, n: int) -> frozenset[int]:
+        return self.steps[n].computed
 
     def view(self, warps: list[Warp]) -> View:
         place = (warps[0].index, len(warps))
@@ -140,7 +140,7 @@ class Machine(Engines):
                     raise KernelError(f"{step.instruction} ff.: reads accumulators of products in flight")
                 if not flight.unwritable.isdisjoint(step.writes):
                     raise KernelError(f"{step.instruction} ff.: writes registers that products in flight use")
-            if step.kind == "straight" and not step.writes.isdisjoint(self.product_keys):
+            if step.kind == "straight" and not step.computed.isdisjoint(self.product_keys):
                 flight.dirty.add(n)
 
     # ---- divergence

@@ -75,6 +75,7 @@ class Step:
     instructions: list[Instruction]
     reads: frozenset[int] = frozenset()
     writes: frozenset[int] = frozenset()
+    computed: frozenset[int] = frozenset()  # of ``writes``, what is more than a copy of another register
     target: int = -1
     run: Callable[..., None] | None = None
     method: str = ""
@@ -188,12 +189,15 @@ def _kind(instruction: Instruction) -> str:
 def _complete(step: Step, targets: dict[str, int], begins: dict[int, int]) -> None:
     reads: set[int] = set()
     writes: set[int] = set()
+    computed: set[int] = set()
     for instruction in step.instructions:
         read, written = uses(instruction)
         reads |= read
         writes |= written
+        if instruction.opcode not in ("mov.b32", "mov.u32"):
+            computed |= written
         step.classes[classify(instruction.opcode)] += 1
-    step.reads, step.writes = frozenset(reads), frozenset(writes)
+    step.reads, step.writes, step.computed = frozenset(reads), frozenset(writes), frozenset(computed)
     if step.kind == "branch":
         target = step.instruction.operands[0]
         assert isinstance(target, Symbol)
