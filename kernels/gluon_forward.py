@@ -26,6 +26,7 @@ from distattn.kernels.gluon_blocks import (
     async_store,
     await_parts,
     hide,
+    load_extent,
     load_item,
     load_runs,
     prefetch_tile,
@@ -213,7 +214,7 @@ def _consume(
     it = 0  # key tiles consumed so far, over all items
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
-    head, start, first, last = load_item(SLOTS, pid)
+    head, start, first, _ = load_item(SLOTS, pid)
     for turn in range(n_items):
         row0 = start + CID * 64
         rows = row0 + gl.arange(0, 64, r_layout)
@@ -223,6 +224,9 @@ def _consume(
         # the first tile has no products of an earlier one to overlap with
         limits_at = ENTRIES + first * 10
         begin, left, full, right = load_runs(ENTRIES, first)
+        # read here, not carried: triton 3.7 takes a limit of the loop over entries that the loop over items carries for its first
+        # value (gluon-inline puts the one in the place of the other)
+        _, last = load_extent(SLOTS, pid + turn * programs)
         mbarrier.wait(q_full.index(CID), turn & 1)
         stage = it % STAGES
         mbarrier.wait(k_full.index(stage), (it // STAGES) & 1)
@@ -266,7 +270,7 @@ def _consume(
         accs = add_products(weights, v_s.index(before), v2_s.index(before), accs, D_V2 > 0)
         # the next item: its latency hides under the last product and the stores
         slot = pid + gl.minimum(turn + 1, n_items - 1) * programs
-        next_head, next_start, next_first, next_last = load_item(SLOTS, slot)
+        next_head, next_start, next_first, _ = load_item(SLOTS, slot)
         exists = rows < n_q
         base = row0.to(gl.int64)
         lse_at = LSE + base * lse_token + head.to(gl.int64) * lse_head + (rows - row0) * lse_token
@@ -297,7 +301,6 @@ def _consume(
         head = next_head
         start = next_start
         first = next_first
-        last = next_last
     if TMA_OUT:
         tma.store_wait(0)
 
