@@ -16,8 +16,8 @@ from distattn.kernels.bands import Bands
 from distattn.kernels.contract import Scores, State
 from distattn.kernels.gluon_division import Costs
 from distattn.kernels.gluon_launch import ADD, FORWARD, FUSED, KEYS, MERGE, PARTS, QUERIES, ROWS, SCRATCH, SOFTCAP_ROWS
+from distattn.kernels.gluon_pieces import add_gradients, merge_states, scratch_for
 from distattn.kernels.gluon_plans import Plan, Shape, costs_of_cutting, plan
-from distattn.kernels.gluon_schedule import Schedule
 from distattn.kernels.tiles import TileTable
 
 LOG2_E = 1.4426950408889634
@@ -104,10 +104,11 @@ class GluonBackend:
     Args:
         deterministic: False makes dq in the kernel of dk and dv, five products instead of seven, and adds it up in whatever
             order it comes: the bits of dq then differ from run to run. Head sizes 64:64 and 128:128 only.
+        split: False cuts no item, as fields of the launch rows do kernel by kernel.
     """
 
-    def __init__(self, deterministic: bool = True):
-        self.deterministic = deterministic
+    def __init__(self, deterministic: bool = True, split: bool = True):
+        self.deterministic, self.split = deterministic, split
         self.name = "gluon" if deterministic else "gluon_fused"
 
     def reject(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> str | None:
@@ -149,8 +150,8 @@ class GluonBackend:
         return torch.cuda.get_device_properties(device).multi_processor_count
 
     def _costs(self, kind: str, row: Any, shape: Shape) -> Costs | None:
-        """Of cutting items; None where the launch row says that none is cut."""
-        return costs_of_cutting(kind, row, shape) if row.split else None
+        """Of cutting items; None where none is to be cut."""
+        return costs_of_cutting(kind, row, shape) if self.split and row.split else None
 
     def _plan(self, kind: str, row: Any, q: Tensor, k: Tensor, v: Tensor, bands: Bands, align: int = 1) -> Plan:
         shape = Shape.of(q, k, v)
@@ -175,8 +176,7 @@ class GluonBackend:
         staged = row.stage_out and fresh and target.dtype == q.dtype and addressable(target) is None
         given = target if fresh else state.o
         descriptors = [boxes(q, 64, d, d2), boxes(k, row.block_k, d, d2), boxes(v, row.block_k, d_v, d_v2)]
-        on_device = work.on(q.device)
-        parts, part_lse = _scratch(work, row.consumers * 64, v.shape[2], q.device), _scratch(work, row.consumers * 64, 1, q.device)
+        parts = scratch_for(work, row.consumers * 64, v.shape[2] + 1, q.device)
         with _on(q.device):
             self._kernel(FORWARD)[(work.programs,)](
                 *(box for pair in descriptors for box in pair),
@@ -184,10 +184,8 @@ class GluonBackend:
                 target,
                 state.lse,
                 given,
-                *on_device[:3],
+                *work.on(q.device)[:3],
                 parts,
-                part_lse,
-                on_device.places,
                 *(x.stride(1) for x in (q, k, v)),
                 *(stride for x in (target, state.lse, given) for stride in x.stride()[:2]),
                 q.shape[1] // k.shape[1],
@@ -209,50 +207,10 @@ class GluonBackend:
                 PIECES=work.pieces > 0,
                 **_registers(row),
             )
-        if work.pieces:
-            self._merge_pieces(work, row.consumers * 64, target, state.lse, given, parts, part_lse, not fresh, out is None)
+            if work.pieces:
+                rows, all_rows = row.consumers * 64, fresh or out is not None
+                merge_states(self._kernel(MERGE), work, rows, target, state.lse, given, parts, not fresh, all_rows)
         return state
-
-    def _merge_pieces(
-        self, work: Schedule, rows: int, o: Tensor, lse: Tensor, given: Tensor, parts: Tensor, part_lse: Tensor,
-        resumed: bool, float_state: bool,
-    ) -> None:  # fmt: skip
-        with _on(o.device):
-            self._kernel(MERGE)[(len(work.merges) * (rows // 16),)](
-                o,
-                lse,
-                given,
-                parts,
-                part_lse,
-                work.on(o.device).merges,
-                *(stride for x in (o, lse, given) for stride in x.stride()[:2]),
-                o.shape[0],
-                ROWS=rows,
-                D=o.shape[2],
-                PADDED=_padded(o.shape[2]),
-                STATE=resumed,
-                ALL_ROWS=not (resumed and float_state),
-                num_warps=4,
-            )
-
-    def _add_pieces(self, work: Schedule, rows: int, sums: tuple[Tensor, ...], parts: Tensor) -> None:
-        """Adds what pieces left, side by side in ``parts``, to one or two gradients."""
-        x, y, d_y = sums[0], sums[-1], sums[1].shape[2] if len(sums) > 1 else 0
-        with _on(x.device):
-            self._kernel(ADD)[(len(work.merges) * (rows // 16),)](
-                x,
-                y,
-                parts,
-                work.on(x.device).merges,
-                *(stride for grad in (x, y) for stride in grad.stride()[:2]),
-                x.shape[0],
-                ROWS=rows,
-                D=x.shape[2],
-                PADDED=_padded(x.shape[2]),
-                D_Y=d_y,
-                PADDED_Y=_padded(d_y),
-                num_warps=4,
-            )
 
     def backward(
         self,
@@ -303,8 +261,7 @@ class GluonBackend:
         assert kind != FUSED or not work.pieces, "the scratch of the fused kernel is that of dq"
         (d, d2), (d_v, d_v2) = PARTS[q.shape[2]], PARTS[v.shape[2]]
         descriptors = [boxes(q, block_q, d, d2), boxes(k, 64, d, d2), boxes(v, 64, d_v, d_v2), boxes(dout, block_q, d_v, d_v2)]
-        on_device = work.on(q.device)
-        scratch = _scratch(work, block_k, q.shape[2] + v.shape[2], q.device) if work.pieces else scratch
+        scratch = scratch_for(work, block_k, q.shape[2] + v.shape[2], q.device) if work.pieces else scratch
         with _on(q.device):
             self._kernel(kind)[(work.programs,)](
                 *(box for pair in descriptors for box in pair),
@@ -313,7 +270,7 @@ class GluonBackend:
                 dk,
                 dv,
                 scratch,
-                *on_device[:4],
+                *work.on(q.device)[:3],
                 *(x.stride(1) for x in (q, k, v, dout)),
                 *(stride for x in (dk, dv) for stride in x.stride()[:2]),
                 q.shape[1] // k.shape[1],
@@ -336,8 +293,8 @@ class GluonBackend:
                 PIECES=work.pieces > 0,
                 **_registers(row),
             )
-        if work.pieces:
-            self._add_pieces(work, block_k, (dk, dv), scratch)
+            if work.pieces:
+                add_gradients(self._kernel(ADD), work, block_k, (dk, dv), scratch)
 
     def _query_gradients(self, inputs: Inputs, bands: Bands, scores: Scores, dq: Tensor) -> None:
         q, k, v, dout, (lse, delta) = inputs
@@ -352,7 +309,7 @@ class GluonBackend:
             boxes(v, row.block_k, d_v, d_v2),
             boxes(dout, 64, d_v, d_v2),
         ]
-        on_device, parts = work.on(q.device), _scratch(work, 128, q.shape[2], q.device)
+        parts = scratch_for(work, 128, q.shape[2], q.device)
         with _on(q.device):
             self._kernel(QUERIES)[(work.programs,)](
                 *(box for pair in descriptors for box in pair),
@@ -360,7 +317,7 @@ class GluonBackend:
                 lse,
                 delta,
                 parts,
-                *on_device[:4],
+                *work.on(q.device)[:3],
                 *(x.stride(1) for x in (q, k, v, dout)),
                 *dq.stride()[:2],
                 q.shape[1] // k.shape[1],
@@ -378,21 +335,12 @@ class GluonBackend:
                 PIECES=work.pieces > 0,
                 **_registers(row),
             )
-        if work.pieces:
-            self._add_pieces(work, 128, (dq,), parts)
+            if work.pieces:
+                add_gradients(self._kernel(ADD), work, 128, (dq,), parts)
 
 
 def _on(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _scratch(work: Schedule, rows: int, columns: int, device: torch.device) -> Tensor:
-    """Room for float32 numbers of ``rows`` rows a piece; one number where nothing is cut, as kernels want an address."""
-    return torch.empty(max(1, work.pieces * rows * columns), dtype=torch.float32, device=device)
-
-
-def _padded(columns: int) -> int:
-    return 1 << max(0, columns - 1).bit_length()
 
 
 def _bend(scores: Scores) -> tuple[float, float]:

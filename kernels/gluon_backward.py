@@ -25,6 +25,7 @@ from distattn.kernels.gluon_blocks import (
     barrier,
     hide,
     load_item,
+    load_piece,
     load_runs,
     product_over_head,
     scratch_places,
@@ -217,9 +218,7 @@ def _sum_keys(
     PIECES: gl.constexpr,
 ):  # fmt: skip
     """64 rows of keys, or with KEY_TILES 1 all 64 and one half of the head."""
-    DK = outputs[0]
-    DV = outputs[1]
-    SCRATCH = outputs[2]
+    DK, DV, SCRATCH = outputs
     SLOTS, ENTRIES = work
     group, dk_token, dk_head, dv_token, dv_head, n_k, query_tiles, inner, outer, scale = addresses
     kv_full, q_full, g_full, empty, ds_full = barriers
@@ -271,7 +270,7 @@ def _sum_keys(
     limit = n_k
     if PIECES:
         WIDTH: gl.constexpr = D + D2 + D_V + D_V2
-        place = gl.load(outputs[3] + gl.program_id(0))
+        place = load_piece(SLOTS, gl.program_id(0))
         limit = gl.where(place < 0, n_k, row0)
         if place >= 0:
             at = SCRATCH + (place * (KEY_TILES * 64) + C * 64).to(gl.int64) * WIDTH
@@ -287,7 +286,7 @@ def _sum_keys(
 @gluon.jit(do_not_specialize=["n_k", "padded", "query_tiles"])
 def key_gradient_kernel(
     q_from, q2_from, k_from, k2_from, v_from, v2_from, g_from, g2_from, lse_from, delta_from, DK, DV, SCRATCH,
-    SLOTS, COUNTS, ENTRIES, PLACES, q_head: gl.constexpr, k_head: gl.constexpr, v_head: gl.constexpr, g_head: gl.constexpr,
+    SLOTS, COUNTS, ENTRIES, q_head: gl.constexpr, k_head: gl.constexpr, v_head: gl.constexpr, g_head: gl.constexpr,
     dk_token: gl.constexpr, dk_head: gl.constexpr, dv_token: gl.constexpr, dv_head: gl.constexpr,
     group: gl.constexpr, n_k, padded, query_tiles, inner, outer, scale,
     D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr, KEY_TILES: gl.constexpr,
@@ -337,8 +336,6 @@ def key_gradient_kernel(
     barriers = (kv_full, q_full, g_full, empty, ds_full)
     work = (SLOTS, ENTRIES)
     outputs = (DK, DV, SCRATCH)
-    if PIECES:
-        outputs = (DK, DV, SCRATCH, PLACES)
     addresses = (group, dk_token, dk_head, dv_token, dv_head, n_k, query_tiles, inner, outer, scale)
     loads = (group, q_head, k_head, v_head, g_head, padded)
     ZERO: gl.constexpr = 0

@@ -21,14 +21,14 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed
 @gluon.jit
 def load_place(SLOTS, slot):
     """(head, first row) of the work item in a slot of the schedule."""
-    item = SLOTS + slot * 4
+    item = SLOTS + slot * 5
     return gl.load(item), gl.load(item + 1)
 
 
 @gluon.jit
 def load_extent(SLOTS, slot):
     """(first entry, end of entries) of the work item in a slot of the schedule."""
-    item = SLOTS + slot * 4
+    item = SLOTS + slot * 5
     return gl.load(item + 2), gl.load(item + 3)
 
 
@@ -38,6 +38,12 @@ def load_item(SLOTS, slot):
     head, start = load_place(SLOTS, slot)
     first, last = load_extent(SLOTS, slot)
     return head, start, first, last
+
+
+@gluon.jit
+def load_piece(SLOTS, slot):
+    """Where in the scratch the work item in a slot leaves its sums; -1 for whole items, which leave none."""
+    return gl.load(SLOTS + slot * 5 + 4)
 
 
 @gluon.jit

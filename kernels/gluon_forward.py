@@ -25,6 +25,7 @@ from distattn.kernels.gluon_blocks import (
     finish_rows,
     hide,
     load_item,
+    load_piece,
     load_runs,
     product_over_head,
     row_maxima,
@@ -151,16 +152,19 @@ def _store_tile(
 
 @gluon.jit
 def _store_piece(
-    outputs, row, accs, sums, top, D_V: gl.constexpr, D_V2: gl.constexpr, o_layout: gl.constexpr, o2_layout: gl.constexpr
-):
-    """64 rows of a piece as a state of their own, lse in base 2, to rows ``row``... of the scratch."""
-    at = row.to(gl.int64)
+    PARTS, place, accs, sums, top, CID: gl.constexpr, ROWS: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr,
+    o_layout: gl.constexpr, o2_layout: gl.constexpr,
+):  # fmt: skip
+    """64 rows of a piece as a state of their own to its place in the scratch: first o of all ROWS, then their lse in base 2."""
+    at = PARTS + place.to(gl.int64) * (ROWS * (D_V + D_V2 + 1))
     safe = gl.where(sums == 0.0, 1.0, sums)
-    gl.store(outputs[4] + at + gl.arange(0, 64, sums.type.layout), gl.where(sums == 0.0, float("-inf"), top + gl.log2(safe)))
+    lse = gl.where(sums == 0.0, float("-inf"), top + gl.log2(safe))
+    gl.store(at + ROWS * (D_V + D_V2) + CID * 64 + gl.arange(0, 64, sums.type.layout), lse)
     weight = 1.0 / safe
-    store_tile(outputs[3] + at * (D_V + D_V2), accs[0] * spread(weight, o_layout), D_V + D_V2, D_V, o_layout)
+    o_at = at + CID * 64 * (D_V + D_V2)
+    store_tile(o_at, accs[0] * spread(weight, o_layout), D_V + D_V2, D_V, o_layout)
     if D_V2:
-        store_tile(outputs[3] + at * (D_V + D_V2) + D_V, accs[1] * spread(weight, o2_layout), D_V + D_V2, D_V2, o2_layout)
+        store_tile(o_at + D_V, accs[1] * spread(weight, o2_layout), D_V + D_V2, D_V2, o2_layout)
 
 
 @gluon.jit
@@ -256,7 +260,7 @@ def _consume(
         next_head, next_start, next_first, next_last = load_item(SLOTS, slot)
         limit = n_q
         if PIECES:
-            place = gl.load(outputs[5] + pid + turn * programs)
+            place = load_piece(SLOTS, pid + turn * programs)
             limit = gl.where(place < 0, n_q, row0)
         exists = rows < limit  # no row of a piece: its rows go to the scratch
         base = row0.to(gl.int64)
@@ -269,6 +273,9 @@ def _consume(
         gl.store(lse_at, lse, mask=keep)
         accs = await_parts(accs, 0, D_V2 > 0)
         mbarrier.arrive(v_empty.index(before), count=1)
+        if PIECES:
+            if place >= 0:
+                _store_piece(outputs[3], place, accs, sums, top, CID, CONSUMERS * 64, D_V, D_V2, o_layout, o2_layout)
         if TMA_OUT:
             if PIECES:
                 if place < 0:
@@ -283,10 +290,6 @@ def _consume(
                 _store_tile(
                     accs[1], weight, weight_in, live, keep, o_at + D_V, in_at + D_V, o_token, in_token, D_V2, STATE, o2_layout
                 )
-        if PIECES:
-            if place >= 0:
-                row = place * (CONSUMERS * 64) + CID * 64
-                _store_piece(outputs, row, accs, sums, top, D_V, D_V2, o_layout, o2_layout)
         head = next_head
         start = next_start
         first = next_first
@@ -297,7 +300,7 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["n_q"])
 def forward_kernel(
-    q_from, q2_from, k_from, k2_from, v_from, v2_from, o_to, O, LSE, O_IN, SLOTS, COUNTS, ENTRIES, PARTS, PART_LSE, PLACES,
+    q_from, q2_from, k_from, k2_from, v_from, v2_from, o_to, O, LSE, O_IN, SLOTS, COUNTS, ENTRIES, PARTS,
     q_head: gl.constexpr, k_head: gl.constexpr, v_head: gl.constexpr, o_token: gl.constexpr, o_head: gl.constexpr,
     lse_token: gl.constexpr, lse_head: gl.constexpr, in_token: gl.constexpr, in_head: gl.constexpr,
     group: gl.constexpr, n_q, inner, outer,
@@ -310,7 +313,7 @@ def forward_kernel(
     """Grid: the programs of the schedule. Program p works through slots p, p + programs, ... of which it has COUNTS[p] >= 1.
 
     STATE joins the state (O_IN, LSE), LSE in place; without ALL_ROWS rows that saw nothing stay. TMA_OUT
-    (without STATE) stages o in shared memory. PIECES leaves the o and lse of slots with a place in PARTS and PART_LSE instead.
+    (without STATE) stages o in shared memory. PIECES leaves o and lse of items with a place in PARTS instead.
     """
     DTYPE: gl.constexpr = q_from.dtype
     q_s = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 64, D], q_from.layout)
@@ -353,7 +356,7 @@ def forward_kernel(
     work = (SLOTS, ENTRIES)
     outputs = (O, LSE, O_IN)
     if PIECES:
-        outputs = (O, LSE, O_IN, PARTS, PART_LSE, PLACES)
+        outputs = (O, LSE, O_IN, PARTS)
     strides = (o_token, o_head, lse_token, lse_head, in_token, in_head)
     addresses = (n_items, strides, n_q, inner, outer)
     loads = (n_items, group, q_head, k_head, v_head)

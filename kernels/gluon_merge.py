@@ -21,17 +21,17 @@ def _load_rows(PARTS, row, keep, columns, COLUMN: gl.constexpr, WIDTH: gl.conste
 
 
 @gluon.jit
-def _load_state(PARTS, PART_LSE, piece, last, first_row, rows, columns, ROWS: gl.constexpr, D: gl.constexpr):
+def _load_state(PARTS, piece, last, first_row, rows, columns, ROWS: gl.constexpr, D: gl.constexpr):
     """(o, lse in base 2) of 16 rows of a piece; empty from ``last`` on."""
-    row = piece.to(gl.int64) * ROWS + first_row
+    at = PARTS + piece.to(gl.int64) * (ROWS * (D + 1))
     exists = rows < (last - piece) * 16
-    lse = gl.load(PART_LSE + row + rows, mask=exists, other=float("-inf"))
-    return _load_rows(PARTS, row, exists, columns, 0, D, D), lse
+    lse = gl.load(at + ROWS * D + first_row + rows, mask=exists, other=float("-inf"))
+    return _load_rows(at, first_row, exists, columns, 0, D, D), lse
 
 
 @gluon.jit(do_not_specialize=["n_q"])
 def merge_pieces_kernel(
-    O, LSE, O_IN, PARTS, PART_LSE, MERGES, o_token: gl.constexpr, o_head: gl.constexpr,
+    O, LSE, O_IN, PARTS, MERGES, o_token: gl.constexpr, o_head: gl.constexpr,
     lse_token: gl.constexpr, lse_head: gl.constexpr, in_token: gl.constexpr, in_head: gl.constexpr, n_q,
     ROWS: gl.constexpr, D: gl.constexpr, PADDED: gl.constexpr, STATE: gl.constexpr, ALL_ROWS: gl.constexpr,
 ):  # fmt: skip
@@ -47,10 +47,10 @@ def merge_pieces_kernel(
     top = gl.full([16], NOTHING, gl.float32, gl.SliceLayout(1, layout))
     for n in range((last - first + 3) // 4):
         piece = first + n * 4
-        o0, lse0 = _load_state(PARTS, PART_LSE, piece, last, first_row, rows, columns, ROWS, D)
-        o1, lse1 = _load_state(PARTS, PART_LSE, piece + 1, last, first_row, rows, columns, ROWS, D)
-        o2, lse2 = _load_state(PARTS, PART_LSE, piece + 2, last, first_row, rows, columns, ROWS, D)
-        o3, lse3 = _load_state(PARTS, PART_LSE, piece + 3, last, first_row, rows, columns, ROWS, D)
+        o0, lse0 = _load_state(PARTS, piece, last, first_row, rows, columns, ROWS, D)
+        o1, lse1 = _load_state(PARTS, piece + 1, last, first_row, rows, columns, ROWS, D)
+        o2, lse2 = _load_state(PARTS, piece + 2, last, first_row, rows, columns, ROWS, D)
+        o3, lse3 = _load_state(PARTS, piece + 3, last, first_row, rows, columns, ROWS, D)
         new_top = gl.maximum(gl.maximum(gl.maximum(lse0, lse1), gl.maximum(lse2, lse3)), top)
         decay = gl.exp2(top - new_top)
         p0 = gl.exp2(lse0 - new_top)

@@ -17,6 +17,7 @@ from distattn.kernels.gluon_blocks import (
     hide,
     load_extent,
     load_item,
+    load_piece,
     load_place,
     load_runs,
     product_over_head,
@@ -176,7 +177,7 @@ def _sum_queries(
     before = (it - 1) % STAGES
     dqs = await_parts(add_products(ds, k_s.index(before), k2_s.index(before), dqs, SPLIT), 0, SPLIT)
     if PIECES:
-        place = gl.load(outputs[2] + gl.program_id(0))
+        place = load_piece(SLOTS, gl.program_id(0))
         keep = rows < gl.where(place < 0, n_q, row0)  # no row of a piece
         if place >= 0:
             piece_at = outputs[1] + (place * 128 + CID * 64).to(gl.int64) * (D + D2)
@@ -192,7 +193,7 @@ def _sum_queries(
 @gluon.jit(do_not_specialize=["n_q", "padded"])
 def query_gradient_kernel(
     q_from, q2_from, k_from, k2_from, v_from, v2_from, g_from, g2_from, DQ, LSE, DELTA, SCRATCH, SLOTS, COUNTS,
-    ENTRIES, PLACES, q_head: gl.constexpr, k_head: gl.constexpr, v_head: gl.constexpr, g_head: gl.constexpr,
+    ENTRIES, q_head: gl.constexpr, k_head: gl.constexpr, v_head: gl.constexpr, g_head: gl.constexpr,
     dq_token: gl.constexpr, dq_head: gl.constexpr, group: gl.constexpr, n_q, padded, inner, outer, scale,
     D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     SOFTCAP: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, PIECES: gl.constexpr,
@@ -232,7 +233,7 @@ def query_gradient_kernel(
     work = (SLOTS, ENTRIES)
     outputs = (DQ,)
     if PIECES:
-        outputs = (DQ, SCRATCH, PLACES)
+        outputs = (DQ, SCRATCH)
     addresses = (dq_token, dq_head, n_q, padded, inner, outer, scale)
     loads = (group, q_head, k_head, v_head, g_head)
     ZERO: gl.constexpr = 0

@@ -29,6 +29,7 @@ from distattn.kernels.gluon_division import (
 )
 from distattn.kernels.tiles import COLUMNS, LEFT, TileTable, upload
 
+ITEM_SIZE = 5
 CACHE_BYTES = 24 << 20  # half of the 50 MB of an H100 or H200: a launch reads one half's data from the other half
 
 
@@ -38,7 +39,6 @@ class DeviceWork(NamedTuple):
     slots: torch.Tensor
     counts: torch.Tensor
     entries: torch.Tensor
-    places: torch.Tensor
     merges: torch.Tensor
 
 
@@ -46,15 +46,14 @@ class DeviceWork(NamedTuple):
 class Schedule:
     """``slots[p + n * programs]`` is the n-th of ``counts[p]`` items of program p.
 
-    An item is (head, first row, first entry, end of entries), written out so that a program finds its work in
-    one read, not in a chain of three. ``places`` says for every slot where in the scratch it leaves its sums, -1 for whole
-    items, which leave none; the pieces of an item lie together. ``merges`` [n, 4]: (head, first row, first place, end of
-    places) of the items that were cut. ``entries`` are those of the table, and behind them those of pieces.
+    An item is (head, first row, first entry, end of entries, place), written out so that a program finds its work in
+    one read, not in a chain of three. The place is where in the scratch a piece leaves its sums, -1 for whole items, which
+    leave none; the pieces of an item lie together. ``merges``: (head, first row, first place, end of places, -1) of the
+    items that were cut. ``entries`` are those of the table, and behind them those of pieces.
     """
 
     slots: np.ndarray
     counts: np.ndarray
-    places: np.ndarray
     merges: np.ndarray
     table: TileTable
     entries: np.ndarray
@@ -74,10 +73,8 @@ class Schedule:
         arrays = [self.slots.reshape(-1), self.counts]
         if not self.pieces:
             slots, counts = upload(self._devices, arrays, device)
-            return DeviceWork(slots, counts, self.table.on(device).entries, counts, counts)
-        return DeviceWork(
-            *upload(self._devices, [*arrays, self.entries.reshape(-1), self.places, self.merges.reshape(-1)], device)
-        )
+            return DeviceWork(slots, counts, self.table.on(device).entries, counts)
+        return DeviceWork(*upload(self._devices, [*arrays, self.entries.reshape(-1), self.merges.reshape(-1)], device))
 
 def heads_per_section(heads: int, key_heads: int, bytes_per_key_head: int) -> int:
     """Query heads that are walked together: as many whole groups as keep what they stream in the cache, a divisor of all."""
@@ -112,16 +109,17 @@ def schedule(
         programs, stay, unit, costs: as for :func:`distattn.kernels.gluon_division.divide`. Programs without work are left out.
     """
     place, head = ordered_items(table.n_work, heads, section)
-    items = np.stack([head, table.tiles[place] * rows, table.ptr[place], table.ptr[place + 1]], 1).astype(np.int32)
+    whole = np.full_like(place, -1)
+    items = np.stack([head, table.tiles[place] * rows, table.ptr[place], table.ptr[place + 1], whole], 1).astype(np.int32)
     tiles = tiles_of_items(table, place)
     division = divide(tiles, unit, programs, stay, costs)
-    work, entries, places, merges = _cut(items[division[:, ITEM]], division, tiles, table.entries, block)
+    work, entries, merges = _cut(items[division[:, ITEM]], division, tiles, table.entries, block)
     busy, owner, counts = np.unique(division[:, PROGRAM], return_inverse=True, return_counts=True)
     order = np.argsort(owner, kind="stable")
     turn = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
-    slots, where = np.zeros((counts.max(), len(busy), 4), np.int32), np.full((counts.max(), len(busy)), -1, np.int32)
-    slots[turn, owner[order]], where[turn, owner[order]] = work[order], places[order]
-    return Schedule(slots.reshape(-1, 4), counts.astype(np.int32), where.reshape(-1), merges, table, entries)
+    slots = np.zeros((counts.max(), len(busy), ITEM_SIZE), np.int32)
+    slots[turn, owner[order]] = work[order]
+    return Schedule(slots.reshape(-1, ITEM_SIZE), counts.astype(np.int32), merges, table, entries)
 
 
 def tiles_of_items(table: TileTable, place: np.ndarray) -> np.ndarray:
@@ -131,22 +129,21 @@ def tiles_of_items(table: TileTable, place: np.ndarray) -> np.ndarray:
 
 def _cut(
     work: np.ndarray, division: np.ndarray, tiles: np.ndarray, entries: np.ndarray, block: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(items with entries of their own where they are pieces, all entries, places of pieces, merges)."""
-    places = np.full(len(work), -1, np.int32)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(items with entries and places of their own where they are pieces, all entries, merges)."""
     pieces = np.flatnonzero(is_piece(division, tiles))
     if not len(pieces):
-        return work, entries, places, np.zeros((0, 4), np.int32)
+        return work, entries, np.zeros((0, ITEM_SIZE), np.int32)
     pieces = pieces[np.lexsort((division[pieces, FROM], division[pieces, ITEM]))]
-    places[pieces] = np.arange(len(pieces))
+    work[pieces, 4] = np.arange(len(pieces))
     _, first, counts = np.unique(division[pieces, ITEM], return_index=True, return_counts=True)
-    merges = np.stack([*work[pieces[first], :2].T, first, first + counts], 1).astype(np.int32)
+    merges = np.stack([*work[pieces[first], :2].T, first, first + counts, np.full_like(first, -1)], 1).astype(np.int32)
     made, end = [entries], len(entries)
     for n in pieces.tolist():
         made.append(entries_of_piece(entries[work[n, 2] : work[n, 3]], division[n, FROM], division[n, TO], block))
-        work[n, 2:] = end, end + len(made[-1])
+        work[n, 2:4] = end, end + len(made[-1])
         end = work[n, 3]
-    return work, np.concatenate(made).astype(np.int32).reshape(-1, COLUMNS), places, merges
+    return work, np.concatenate(made).astype(np.int32).reshape(-1, COLUMNS), merges
 
 
 def occupancy(

@@ -136,8 +136,8 @@ def seen(entries: np.ndarray, n_rows: int, n_columns: int, block: int) -> np.nda
 
 def slots_of(made: Schedule) -> list[tuple[list[int], int]]:
     """(item, place) of every slot in use."""
-    slots, places = made.slots.reshape(-1, made.programs, 4), made.places.reshape(-1, made.programs)
-    return [(slots[n, p].tolist(), int(places[n, p])) for p in range(made.programs) for n in range(made.counts[p])]
+    slots = made.slots.reshape(-1, made.programs, 5).tolist()
+    return [(slots[n][p][:4], slots[n][p][4]) for p in range(made.programs) for n in range(made.counts[p])]
 
 
 @settings(max_examples=40)
@@ -167,7 +167,7 @@ def test_pieces_see_every_pair_of_their_item_once(
     assert sorted(places) == list(range(made.pieces))
     where = {place: item for item, place in slots_of(made) if place >= 0}
     assert made.merges.size == 0 or made.merges[0, 2] == 0
-    for n, (head, row, first, last) in enumerate(made.merges.tolist()):
+    for n, (head, row, first, last, _) in enumerate(made.merges.tolist()):
         assert last - first >= 2 and all(where[place][:2] == [head, row] for place in range(first, last))
         starts = [made.entries[where[place][2], START] for place in range(first, last)]
         assert len(bands) > 1 or starts == sorted(set(starts)), "added in the order of the rows that they stream"

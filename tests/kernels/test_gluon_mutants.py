@@ -70,8 +70,8 @@ FORWARD_MUTANTS = {
     "v is never released": (
         "        accs = await_parts(accs, 0, D_V2 > 0)\n"
         "        mbarrier.arrive(v_empty.index(before), count=1)\n"
-        "        if TMA_OUT",
-        "        accs = await_parts(accs, 0, D_V2 > 0)\n        if TMA_OUT",
+        "        if PIECES",
+        "        accs = await_parts(accs, 0, D_V2 > 0)\n        if PIECES",
         "deadlock",
     ),
     "too few bytes": (
@@ -95,8 +95,8 @@ FORWARD_MUTANTS = {
         "still read shared memory",
     ),
     "the last product is not awaited": (
-        "accs = await_parts(accs, 0, D_V2 > 0)\n        mbarrier.arrive(v_empty.index(before), count=1)\n        if TMA",
-        "mbarrier.arrive(v_empty.index(before), count=1)\n        if TMA",
+        "accs = await_parts(accs, 0, D_V2 > 0)\n        mbarrier.arrive(v_empty.index(before), count=1)\n        if PIECES",
+        "mbarrier.arrive(v_empty.index(before), count=1)\n        if PIECES",
         "before it was awaited",
     ),
     "rows past the end are stored": (
@@ -243,8 +243,8 @@ PIECE_MUTANTS = {
     ),
     "consumers share the rows of a piece": (
         "gluon_forward",
-        "row = place * (CONSUMERS * 64) + CID * 64",
-        "row = place * (CONSUMERS * 64)",
+        "o_at = at + CID * 64 * (D_V + D_V2)",
+        "o_at = at",
         "two warpgroups write",
     ),
     "pieces of dk and dv overlap": (
