@@ -174,6 +174,7 @@ class GluonBackend:
             return state
         (d, d2), (d_v, d_v2) = PARTS[q.shape[2]], PARTS[v.shape[2]]
         staged = row.stage_out and fresh and target.dtype == q.dtype and addressable(target) is None
+        staged = staged and not (work.pieces and scores.softcap)  # these three together spill on triton 3.6
         given = target if fresh else state.o
         descriptors = [boxes(q, 64, d, d2), boxes(k, row.block_k, d, d2), boxes(v, row.block_k, d_v, d_v2)]
         parts = scratch_for(work, row.consumers * 64, v.shape[2] + 1, q.device)

@@ -152,15 +152,12 @@ def _store_tile(
 
 @gluon.jit
 def _store_piece(
-    PARTS, place, accs, sums, top, CID: gl.constexpr, ROWS: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr,
+    PARTS, place, accs, lse, weight, CID: gl.constexpr, ROWS: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr,
     o_layout: gl.constexpr, o2_layout: gl.constexpr,
 ):  # fmt: skip
-    """64 rows of a piece as a state of their own to its place in the scratch: first o of all ROWS, then their lse in base 2."""
+    """64 rows of a piece, a state of its own, to its place in the scratch: first o of all ROWS, then their lse."""
     at = PARTS + place.to(gl.int64) * (ROWS * (D_V + D_V2 + 1))
-    safe = gl.where(sums == 0.0, 1.0, sums)
-    lse = gl.where(sums == 0.0, float("-inf"), top + gl.log2(safe))
-    gl.store(at + ROWS * (D_V + D_V2) + CID * 64 + gl.arange(0, 64, sums.type.layout), lse)
-    weight = 1.0 / safe
+    gl.store(at + ROWS * (D_V + D_V2) + CID * 64 + gl.arange(0, 64, lse.type.layout), lse)
     o_at = at + CID * 64 * (D_V + D_V2)
     store_tile(o_at, accs[0] * spread(weight, o_layout), D_V + D_V2, D_V, o_layout)
     if D_V2:
@@ -262,7 +259,7 @@ def _consume(
         if PIECES:
             place = load_piece(SLOTS, pid + turn * programs)
             limit = gl.where(place < 0, n_q, row0)
-        exists = rows < limit  # no row of a piece: its rows go to the scratch
+        exists = rows < limit  # no row of a piece: joined with nothing, it goes to the scratch
         base = row0.to(gl.int64)
         lse_at = LSE + base * lse_token + head.to(gl.int64) * lse_head + (rows - row0) * lse_token
         sums = gl.convert_layout(gl.sum(total, 1), r_layout)
@@ -275,14 +272,12 @@ def _consume(
         mbarrier.arrive(v_empty.index(before), count=1)
         if PIECES:
             if place >= 0:
-                _store_piece(outputs[3], place, accs, sums, top, CID, CONSUMERS * 64, D_V, D_V2, o_layout, o2_layout)
-        if TMA_OUT:
-            if PIECES:
-                if place < 0:
-                    _stage_tile(o_to, o_s.index(CID), accs[0], weight, row0, head * o_head, DTYPE, o_layout)
-            else:
+                _store_piece(outputs[3], place, accs, lse, weight, CID, CONSUMERS * 64, D_V, D_V2, o_layout, o2_layout)
+            elif TMA_OUT:
                 _stage_tile(o_to, o_s.index(CID), accs[0], weight, row0, head * o_head, DTYPE, o_layout)
-        else:
+        elif TMA_OUT:
+            _stage_tile(o_to, o_s.index(CID), accs[0], weight, row0, head * o_head, DTYPE, o_layout)
+        if not TMA_OUT:
             o_at = O + base * o_token + head.to(gl.int64) * o_head
             in_at = O_IN + base * in_token + head.to(gl.int64) * in_head
             _store_tile(accs[0], weight, weight_in, live, keep, o_at, in_at, o_token, in_token, D_V, STATE, o_layout)

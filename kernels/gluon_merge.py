@@ -9,7 +9,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from distattn.kernels.gluon_blocks import NOTHING, finish_rows, load_item
+from distattn.kernels.gluon_blocks import LN_2, NOTHING, finish_rows, load_item
 
 
 @gluon.jit
@@ -26,7 +26,7 @@ def _load_state(PARTS, piece, last, first_row, rows, columns, ROWS: gl.constexpr
     at = PARTS + piece.to(gl.int64) * (ROWS * (D + 1))
     exists = rows < (last - piece) * 16
     lse = gl.load(at + ROWS * D + first_row + rows, mask=exists, other=float("-inf"))
-    return _load_rows(at, first_row, exists, columns, 0, D, D), lse
+    return _load_rows(at, first_row, exists, columns, 0, D, D), lse * (1.0 / LN_2)
 
 
 @gluon.jit(do_not_specialize=["n_q"])

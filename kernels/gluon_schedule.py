@@ -76,6 +76,7 @@ class Schedule:
             return DeviceWork(slots, counts, self.table.on(device).entries, counts)
         return DeviceWork(*upload(self._devices, [*arrays, self.entries.reshape(-1), self.merges.reshape(-1)], device))
 
+
 def heads_per_section(heads: int, key_heads: int, bytes_per_key_head: int) -> int:
     """Query heads that are walked together: as many whole groups as keep what they stream in the cache, a divisor of all."""
     fitting = [n for n in range(1, key_heads + 1) if key_heads % n == 0 and n * bytes_per_key_head <= CACHE_BYTES]
@@ -146,9 +147,7 @@ def _cut(
     return work, np.concatenate(made).astype(np.int32).reshape(-1, COLUMNS), merges
 
 
-def occupancy(
-    table: TileTable, heads: int, section: int, programs: int, stay: bool, unit: int, costs: Costs | None
-) -> float:
+def occupancy(table: TileTable, heads: int, section: int, programs: int, stay: bool, unit: int, costs: Costs | None) -> float:
     """Mean over busiest, in streamed tiles: the work of all items over what the longest program takes and the merge after it.
 
     Counted, not measured; what cutting costs lowers it. Arguments as for :func:`schedule`.
