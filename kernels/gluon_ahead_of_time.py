@@ -37,9 +37,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Case:
-    """One variant of one kernel. ``call`` (forward and merge only): "out" writes 16 bits at once, "fresh" a float32 state, "state"
-    goes on from one, "last" goes on and writes 16 bits. ``pieces``: the variant that may leave pieces of items. Of the two
-    kernels that add pieces up, "out" is that of dk and dv, "last" that of dq."""
+    """One variant of one kernel. ``call`` (forward and merge only): "out" writes 16 bits at once, "fresh" a float32 state,
+    "state" goes on from one, "last" goes on and writes 16 bits. ``pieces``: the variant that may leave pieces of items. Of
+    the two kernels that add pieces up, "out" is that of dk and dv, "last" that of dq."""
 
     kind: str
     d: int

@@ -295,8 +295,9 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """Grid: one program a (key tile, key head) or piece. The group's query heads are looped inside: dk and dv have one writer.
 
-    PIECES (not FUSED) leaves the dk and dv, side by side, of programs with a place in SCRATCH. VALUES_FIRST issues the products of dv before ds is known. FUSED takes up to 3 stages: that q of a step has come then says
-    that what last read the slot of its ds is over.
+    VALUES_FIRST issues the products of dv before ds is known. FUSED takes up to 3 stages: that q of a step has come then says
+    that what last read the slot of its ds is over. PIECES (not FUSED) leaves dk and dv, side by side, of items with a place in
+    SCRATCH.
     """
     DTYPE: gl.constexpr = q_from.dtype
     k_s = gl.allocate_shared_memory(DTYPE, [KEY_TILES, 64, D], k_from.layout)

@@ -1,4 +1,4 @@
-"""From the shape of a call to the work of its launches: which tiles, in which order, by whom, and what cutting them would cost."""
+"""From the shape of a call to the work of its launches: which tiles, in which order, by whom, and what a cut would cost."""
 
 from __future__ import annotations
 

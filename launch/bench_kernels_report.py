@@ -104,7 +104,8 @@ def as_json(results: Results) -> dict[str, Any]:
     """All samples, for the record."""
     rows = [
         {
-            "case": case.name, "group": case.group, "mask": case.mask, "tokens": case.tokens, "rows": case.queries, "direction": case.direction,
+            "case": case.name, "group": case.group, "mask": case.mask, "tokens": case.tokens, "rows": case.queries,
+            "direction": case.direction,
             "d": case.d, "d_v": case.d_v, "heads": case.heads, "kv_heads": case.kv_heads, "state": case.state, "who": who,
             "occupancy": results.counted(case, who),
             "tflops_sustained": results.tflops(case, who), "tflops_cold": results.tflops(case, who, True),
