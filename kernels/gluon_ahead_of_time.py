@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
-from itertools import chain
+from itertools import product
 from typing import Any
 
 import torch
@@ -22,10 +22,14 @@ from distattn.kernels.ahead_of_time import SHARED_LIMIT, assemble, spills_in_loo
 from distattn.kernels.bands import Band, Bands
 from distattn.kernels.contract import Scores, empty_state
 from distattn.kernels.gluon_backend import GluonBackend, kernel
-from distattn.kernels.gluon_launch import FORWARD, FUSED, KEYS, QUERIES, SCRATCH
+from distattn.kernels.gluon_division import Costs
+from distattn.kernels.gluon_launch import ADD, FORWARD, FUSED, KEYS, MERGE, QUERIES, SCRATCH
+from distattn.kernels.gluon_plans import Shape
 
 TARGET = GPUTarget("cuda", 90, 32)
-KINDS = (FORWARD, KEYS, QUERIES, FUSED, SCRATCH)
+KINDS = (FORWARD, KEYS, QUERIES, FUSED, SCRATCH, MERGE, ADD)
+WITHOUT_PRODUCTS = (SCRATCH, MERGE, ADD)
+ALWAYS = Costs(write=0.0, merge=0.0, least=1, gain=0.0)  # cuts whatever can be cut
 CALLS = ("out", "fresh", "state", "last")  # of the forward: what starts and ends in what
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,8 +37,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Case:
-    """One variant of one kernel. ``call`` (forward only): "out" writes 16 bits at once, "fresh" a float32 state, "state" goes
-    on from one, "last" goes on and writes 16 bits."""
+    """One variant of one kernel. ``call`` (forward and merge only): "out" writes 16 bits at once, "fresh" a float32 state,
+    "state" goes on from one, "last" goes on and writes 16 bits. ``pieces``: the variant that may leave pieces of items. Of
+    the two kernels that add pieces up, "out" is that of dk and dv, "last" that of dq."""
 
     kind: str
     d: int
@@ -43,13 +48,14 @@ class Case:
     softcap: bool = False
     dtype: str = "bf16"
     group: int = 4
+    pieces: bool = False
 
 
 @dataclass(frozen=True)
 class Compiled:
     """What the compiler made of a case. Bytes (``spills`` a thread) and counts of instructions.
 
-    ``pairs`` of float32 numbers move between registers and memory in one instruction: how often.
+    ``pairs`` of float32 numbers (or fours) move between registers and memory in one instruction: how often.
     """
 
     case: Case
@@ -76,7 +82,7 @@ class Compiled:
             found.append(f"{self.shared} bytes of shared memory, sm_90 has {SHARED_LIMIT['sm_90']}")
         if not self.pairs and not (self.case.kind == FORWARD and self.case.call == "out"):
             found.append("the float32 numbers of its tiles move one by one")
-        if self.case.kind == SCRATCH:
+        if self.case.kind in WITHOUT_PRODUCTS:
             return found
         if self.serialized:
             found.append("its wgmma run one by one")
@@ -99,11 +105,12 @@ class Launched:
 
 
 class Recorder(GluonBackend):
-    """The backend without a device: ``launched`` grows by one a launch. ``rows`` changes fields of the launch rows by kind."""
+    """The backend without a device: ``launched`` grows by one a launch. ``rows`` changes fields of the launch rows by kind;
+    ``pieces`` cuts whatever can be cut."""
 
-    def __init__(self, deterministic: bool = True, rows: dict[str, dict[str, Any]] | None = None):
+    def __init__(self, deterministic: bool = True, rows: dict[str, dict[str, Any]] | None = None, pieces: bool = False):
         super().__init__(deterministic)
-        self.rows = rows or {}
+        self.rows, self.pieces = rows or {}, pieces
         self.launched: list[Launched] = []
 
     def _reject_device(self, device: torch.device) -> str | None:
@@ -111,6 +118,9 @@ class Recorder(GluonBackend):
 
     def _processors(self, device: torch.device) -> int:
         return 132
+
+    def _costs(self, kind: str, row: Any, shape: Shape) -> Costs | None:
+        return ALWAYS if self.pieces else None
 
     def _row(self, kind: str, d: int, d_v: int, softcap: float = 0.0) -> Any:
         return super()._row(kind, d, d_v, softcap)._replace(**self.rows.get(kind, {}))
@@ -127,21 +137,22 @@ class Recorder(GluonBackend):
 
 def record(case: Case, rows: dict[str, Any] | None = None) -> Launched:
     """How the backend launches ``case``, with 32 query heads over 32 // group key heads."""
-    recorder = Recorder(case.kind not in (FUSED, SCRATCH), {case.kind: rows or {}})
+    recorder = Recorder(case.kind not in (FUSED, SCRATCH), {case.kind: rows or {}}, case.pieces or case.kind in (MERGE, ADD))
     dtype, heads, length = DTYPES[case.dtype], 32, 256
     q, k, v, dout = (
         torch.zeros(length, n, size, dtype=dtype)
         for n, size in ((heads, case.d), (heads // case.group, case.d), (heads // case.group, case.d_v), (heads, case.d_v))
     )
     bands, scores = Bands([Band(0, length, 0, length)]), Scores(case.d**-0.5, 30.0 * case.softcap)
-    if case.kind == FORWARD:
+    if case.kind in (FORWARD, MERGE):
         state = empty_state(q, case.d_v) if case.call in ("state", "last") else None
         recorder.forward(q, k, v, bands, scores, state, torch.empty_like(dout) if case.call in ("out", "last") else None)
     else:
         lse = torch.zeros(length, heads)
         sums = [torch.zeros(x.shape) for x in (q, k, v)]
         recorder.backward(dout, q, k, v, lse, lse, bands, scores, *sums)
-    return next(launched for launched in recorder.launched if launched.kind == case.kind)
+    found = [launched for launched in recorder.launched if launched.kind == case.kind]
+    return found[-1 if case.call == "last" else 0]
 
 
 def _source(launched: Launched) -> GluonASTSource:
@@ -183,7 +194,7 @@ def compile_case(case: Case, rows: dict[str, Any] | None = None) -> Compiled:
     serialized = re.search(r"wgmma.*serializ", said) is not None
     return Compiled(
         case, seconds, made.metadata.num_warps, registers, spills, spills_in_loops(made.asm["cubin"]), made.metadata.shared,
-        ptx.count("wgmma.mma_async"), ptx.count("setmaxnreg"), serialized, len(re.findall(r"global\S*\.v2\.", ptx)),
+        ptx.count("wgmma.mma_async"), ptx.count("setmaxnreg"), serialized, len(re.findall(r"global\S*\.v[24]\.", ptx)),
     )  # fmt: skip
 
 
@@ -196,10 +207,11 @@ def all_cases() -> list[Case]:
     """Every kernel at every head size it takes, every kind of call, with and without a softcap."""
     from distattn.kernels.gluon_launch import ROWS
 
-    sizes = {kind: list(ROWS[FUSED if kind == SCRATCH else kind]) for kind in KINDS}
-    forward = [Case(FORWARD, *size, call, softcap) for size in sizes[FORWARD] for call in CALLS for softcap in (False, True)]
-    backward = [
-        Case(kind, *size, softcap=softcap) for kind in (KEYS, QUERIES) for size in sizes[kind] for softcap in (False, True)
-    ]
-    fused = (Case(FUSED, *size) for size in sizes[FUSED])
-    return list(chain(forward, backward, fused, (Case(SCRATCH, *size) for size in sizes[SCRATCH])))
+    sizes = {kind: list(ROWS[FUSED if kind in (FUSED, SCRATCH) else FORWARD]) for kind in KINDS}
+    found: list[Case] = []
+    for pieces, softcap in product((False, True), repeat=2):
+        found += (Case(FORWARD, *size, call, softcap, pieces=pieces) for size in sizes[FORWARD] for call in CALLS)
+        found += (Case(kind, *size, softcap=softcap, pieces=pieces) for kind in (KEYS, QUERIES) for size in sizes[kind])
+    found += (Case(kind, *size) for kind in (FUSED, SCRATCH) for size in sizes[kind])
+    found += (Case(MERGE, *size, call) for size in sizes[MERGE] for call in CALLS)
+    return found + [Case(ADD, *size, call) for size in sizes[ADD] for call in ("out", "last")]

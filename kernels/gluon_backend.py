@@ -14,9 +14,11 @@ from torch.torch_version import TorchVersion
 
 from distattn.kernels.bands import Bands
 from distattn.kernels.contract import Scores, State
-from distattn.kernels.gluon_launch import FORWARD, FUSED, KEYS, PARTS, QUERIES, ROWS, SCRATCH, SOFTCAP_ROWS
-from distattn.kernels.gluon_schedule import heads_per_section, schedule
-from distattn.kernels.tiles import TileTable, tile_table
+from distattn.kernels.gluon_division import Costs
+from distattn.kernels.gluon_launch import ADD, FORWARD, FUSED, KEYS, MERGE, PARTS, QUERIES, ROWS, SCRATCH, SOFTCAP_ROWS
+from distattn.kernels.gluon_pieces import add_gradients, merge_states, scratch_for
+from distattn.kernels.gluon_plans import Plan, Shape, costs_of_cutting, plan
+from distattn.kernels.tiles import TileTable
 
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.float16, torch.bfloat16)
@@ -76,7 +78,7 @@ def rows_of(x: Tensor, length: int) -> Any:
     return TensorDescriptor(x, [x.numel()], [1], [length], layout)
 
 
-@lru_cache(maxsize=5)
+@lru_cache(maxsize=7)
 def kernel(kind: str) -> Any:
     """The Gluon function of ``kind``; imports triton."""
     if kind == FORWARD:
@@ -87,6 +89,10 @@ def kernel(kind: str) -> Any:
         from distattn.kernels.gluon_backward import key_gradient_kernel
 
         return key_gradient_kernel
+    if kind in (MERGE, ADD):
+        from distattn.kernels.gluon_merge import add_pieces_kernel, merge_pieces_kernel
+
+        return merge_pieces_kernel if kind == MERGE else add_pieces_kernel
     from distattn.kernels.gluon_query_backward import add_scratch_kernel, query_gradient_kernel
 
     return query_gradient_kernel if kind == QUERIES else add_scratch_kernel
@@ -98,10 +104,11 @@ class GluonBackend:
     Args:
         deterministic: False makes dq in the kernel of dk and dv, five products instead of seven, and adds it up in whatever
             order it comes: the bits of dq then differ from run to run. Head sizes 64:64 and 128:128 only.
+        split: False cuts no item, as fields of the launch rows do kernel by kernel.
     """
 
-    def __init__(self, deterministic: bool = True):
-        self.deterministic = deterministic
+    def __init__(self, deterministic: bool = True, split: bool = True):
+        self.deterministic, self.split = deterministic, split
         self.name = "gluon" if deterministic else "gluon_fused"
 
     def reject(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> str | None:
@@ -142,36 +149,44 @@ class GluonBackend:
     def _processors(self, device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).multi_processor_count
 
+    def _costs(self, kind: str, row: Any, shape: Shape) -> Costs | None:
+        """Of cutting items; None where none is to be cut."""
+        return costs_of_cutting(kind, row, shape) if self.split and row.split else None
+
+    def _plan(self, kind: str, row: Any, q: Tensor, k: Tensor, v: Tensor, bands: Bands, align: int = 1) -> Plan:
+        shape = Shape.of(q, k, v)
+        return plan(kind, row, shape, bands, self._processors(q.device), self._costs(kind, row, shape), align)
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, bands: Bands, scores: Scores, state: State | None = None, out: Tensor | None = None
     ) -> State:
-        """One launch over the query tiles with work; the others are filled outside of it."""
+        """One launch over the query tiles with work, and one that joins pieces of tiles; the others are filled outside of it."""
         fresh = state is None
         if state is None:
             o = torch.empty(*q.shape[:2], v.shape[2], dtype=torch.float32, device=q.device) if out is None else out
             state = State(o, torch.empty(q.shape[:2], dtype=torch.float32, device=q.device))
         target = state.o if out is None else out
         row = self._row(FORWARD, q.shape[2], v.shape[2], scores.softcap)
-        table = tile_table(bands, q.shape[0], k.shape[0], row.consumers * 64, row.block_k, "q")
+        table, work = self._plan(FORWARD, row, q, k, v, bands)
         if fresh or out is not None:
             _fill_idle(table, row.consumers * 64, target, state, fresh)
-        if table.n_work == 0 or q.shape[1] == 0:
+        if work is None:
             return state
         (d, d2), (d_v, d_v2) = PARTS[q.shape[2]], PARTS[v.shape[2]]
         staged = row.stage_out and fresh and target.dtype == q.dtype and addressable(target) is None
+        staged = staged and not (work.pieces and scores.softcap)  # these three together spill on triton 3.6
         given = target if fresh else state.o
         descriptors = [boxes(q, 64, d, d2), boxes(k, row.block_k, d, d2), boxes(v, row.block_k, d_v, d_v2)]
-        section = heads_per_section(q.shape[1], k.shape[1], k.shape[0] * (q.shape[2] + v.shape[2]) * 2)
-        plan = schedule(table, row.consumers * 64, q.shape[1], section, self._processors(q.device))
+        parts = scratch_for(work, row.consumers * 64, v.shape[2] + 1, q.device)
         with _on(q.device):
-            self._kernel(FORWARD)[(plan.programs,)](
+            self._kernel(FORWARD)[(work.programs,)](
                 *(box for pair in descriptors for box in pair),
                 boxes(target, 64, d_v, 0)[0] if staged else descriptors[0][0],
                 target,
                 state.lse,
                 given,
-                *plan.on(q.device),
-                table.on(q.device).entries,
+                *work.on(q.device)[:3],
+                parts,
                 *(x.stride(1) for x in (q, k, v)),
                 *(stride for x in (target, state.lse, given) for stride in x.stride()[:2]),
                 q.shape[1] // k.shape[1],
@@ -190,8 +205,12 @@ class GluonBackend:
                 SOFTCAP=scores.softcap != 0,
                 PING_PONG=row.ping_pong,
                 MAXIMUM_FIRST=row.maximum_first,
+                PIECES=work.pieces > 0,
                 **_registers(row),
             )
+            if work.pieces:
+                rows, all_rows = row.consumers * 64, fresh or out is not None
+                merge_states(self._kernel(MERGE), work, rows, target, state.lse, given, parts, not fresh, all_rows)
         return state
 
     def backward(
@@ -238,27 +257,25 @@ class GluonBackend:
         block_k, block_q = row.key_tiles * 64, row.block_q
         # fused: pieces of dq are whole tiles; else lse and delta are copied from multiples of 16 bytes
         align = block_q if kind == FUSED else 4
-        table = tile_table(bands, q.shape[0], k.shape[0], block_q, block_k, "k", align)
-        if table.n_work == 0:
+        work = self._plan(kind, row, q, k, v, bands, align).work
+        if work is None:
             return
+        assert kind != FUSED or not work.pieces, "the scratch of the fused kernel is that of dq"
         (d, d2), (d_v, d_v2) = PARTS[q.shape[2]], PARTS[v.shape[2]]
         descriptors = [boxes(q, block_q, d, d2), boxes(k, 64, d, d2), boxes(v, 64, d_v, d_v2), boxes(dout, block_q, d_v, d_v2)]
-        heads, group = k.shape[1], q.shape[1] // k.shape[1]
-        section = heads_per_section(heads, heads, group * q.shape[0] * (q.shape[2] + v.shape[2]) * 2)
-        plan = schedule(table, block_k, heads, section, None)
+        scratch = scratch_for(work, block_k, q.shape[2] + v.shape[2], q.device) if work.pieces else scratch
         with _on(q.device):
-            self._kernel(kind)[(plan.programs,)](
+            self._kernel(kind)[(work.programs,)](
                 *(box for pair in descriptors for box in pair),
                 rows_of(lse, block_q),
                 rows_of(delta, block_q),
                 dk,
                 dv,
                 scratch,
-                *plan.on(q.device),
-                table.on(q.device).entries,
+                *work.on(q.device)[:3],
                 *(x.stride(1) for x in (q, k, v, dout)),
                 *(stride for x in (dk, dv) for stride in x.stride()[:2]),
-                group,
+                q.shape[1] // k.shape[1],
                 k.shape[0],
                 lse.shape[1],
                 -(-q.shape[0] // block_q),
@@ -275,14 +292,17 @@ class GluonBackend:
                 FUSED=kind == FUSED,
                 STATISTICS_FIRST=kind == FUSED and q.shape[2] == 64,
                 VALUES_FIRST=row.values_first,
+                PIECES=work.pieces > 0,
                 **_registers(row),
             )
+            if work.pieces:
+                add_gradients(self._kernel(ADD), work, block_k, (dk, dv), scratch)
 
     def _query_gradients(self, inputs: Inputs, bands: Bands, scores: Scores, dq: Tensor) -> None:
         q, k, v, dout, (lse, delta) = inputs
         row = self._row(QUERIES, q.shape[2], v.shape[2], scores.softcap)
-        table = tile_table(bands, q.shape[0], k.shape[0], 128, row.block_k, "q")
-        if table.n_work == 0:
+        work = self._plan(QUERIES, row, q, k, v, bands).work
+        if work is None:
             return
         (d, d2), (d_v, d_v2) = PARTS[q.shape[2]], PARTS[v.shape[2]]
         descriptors = [
@@ -291,16 +311,15 @@ class GluonBackend:
             boxes(v, row.block_k, d_v, d_v2),
             boxes(dout, 64, d_v, d_v2),
         ]
-        section = heads_per_section(q.shape[1], k.shape[1], k.shape[0] * (q.shape[2] + v.shape[2]) * 2)
-        plan = schedule(table, 128, q.shape[1], section, None)
+        parts = scratch_for(work, 128, q.shape[2], q.device)
         with _on(q.device):
-            self._kernel(QUERIES)[(plan.programs,)](
+            self._kernel(QUERIES)[(work.programs,)](
                 *(box for pair in descriptors for box in pair),
                 dq,
                 lse,
                 delta,
-                *plan.on(q.device),
-                table.on(q.device).entries,
+                parts,
+                *work.on(q.device)[:3],
                 *(x.stride(1) for x in (q, k, v, dout)),
                 *dq.stride()[:2],
                 q.shape[1] // k.shape[1],
@@ -315,8 +334,11 @@ class GluonBackend:
                 BLOCK_K=row.block_k,
                 STAGES=row.stages,
                 SOFTCAP=scores.softcap != 0,
+                PIECES=work.pieces > 0,
                 **_registers(row),
             )
+            if work.pieces:
+                add_gradients(self._kernel(ADD), work, 128, (dq,), parts)
 
 
 def _on(device: torch.device) -> Any:

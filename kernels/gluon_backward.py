@@ -25,10 +25,12 @@ from distattn.kernels.gluon_blocks import (
     barrier,
     hide,
     load_item,
+    load_piece,
     load_runs,
     product_over_head,
     reinterpret,
     scratch_places,
+    store_tile,
     streamed_tile,
     tanh,
 )
@@ -200,11 +202,21 @@ def _add_sums(X, sums, scale, token, keep, D: gl.constexpr, D2: gl.constexpr, SP
 
 
 @gluon.jit
+def _store_sums(X, sums, scale, token: gl.constexpr, D: gl.constexpr, D2: gl.constexpr, SPLIT: gl.constexpr):
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    store_tile(X, sums[0] * scale, token, D, layout)
+    if SPLIT:
+        layout2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D2, 16])
+        store_tile(X + D, sums[1] * scale, token, D2, layout2)
+
+
+@gluon.jit
 def _sum_keys(
     CID: gl.constexpr, outputs, memory, ds_s, barriers, work, addresses,
     KEY_TILES: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
     D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr,
     SOFTCAP: gl.constexpr, FUSED: gl.constexpr, STATISTICS_FIRST: gl.constexpr, VALUES_FIRST: gl.constexpr,
+    PIECES: gl.constexpr,
 ):  # fmt: skip
     """64 rows of keys, or with KEY_TILES 1 all 64 and one half of the head."""
     DK, DV, SCRATCH = outputs
@@ -258,7 +270,16 @@ def _sum_keys(
         mbarrier.wait(ds_full.index(it & 3), (it >> 2) & 1)
         dq = _query_product(ds_r, k_r, it & 3, 0, gl.full([64, 64], 0.0, gl.float32, q_layout), CID, D)
         add_to_scratch(warpgroup_mma_wait(0, deps=[dq]), thread + before.to(gl.int64) * (BLOCK_Q * D * 4))
-    keep = rows < n_k
+    limit = n_k
+    if PIECES:
+        WIDTH: gl.constexpr = D + D2 + D_V + D_V2
+        place = load_piece(SLOTS, gl.program_id(0))
+        limit = gl.where(place < 0, n_k, row0)
+        if place >= 0:
+            at = SCRATCH + (place * (KEY_TILES * 64) + C * 64).to(gl.int64) * WIDTH
+            _store_sums(at + HALF * D, dks, scale, WIDTH, D, D2, D_SPLIT)
+            _store_sums(at + (D + D2) + HALF * D_V, dvs, 1.0, WIDTH, D_V, D_V2, V_SPLIT)
+    keep = rows < limit  # no row of a piece
     dv_at = DV + row0.to(gl.int64) * dv_token + head.to(gl.int64) * dv_head + HALF * D_V
     _add_sums(dv_at, dvs, 1.0, dv_token, keep, D_V, D_V2, V_SPLIT)
     dk_at = DK + row0.to(gl.int64) * dk_token + head.to(gl.int64) * dk_head + HALF * D
@@ -273,12 +294,13 @@ def key_gradient_kernel(
     group: gl.constexpr, n_k, padded, query_tiles, inner, outer, scale,
     D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr, KEY_TILES: gl.constexpr,
     BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr, FUSED: gl.constexpr, STATISTICS_FIRST: gl.constexpr,
-    VALUES_FIRST: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    VALUES_FIRST: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, PIECES: gl.constexpr,
 ):  # fmt: skip
-    """Grid: one program a (key tile, key head). The group's query heads are looped inside, so dk and dv have one writer.
+    """Grid: one program a (key tile, key head) or piece. The group's query heads are looped inside: dk and dv have one writer.
 
     VALUES_FIRST issues the products of dv before ds is known. FUSED takes up to 3 stages: that q of a step has come then says
-    that what last read the slot of its ds is over.
+    that what last read the slot of its ds is over. PIECES (not FUSED) leaves dk and dv, side by side, of items with a place in
+    SCRATCH.
     """
     DTYPE: gl.constexpr = q_from.dtype
     k_s = gl.allocate_shared_memory(DTYPE, [KEY_TILES, 64, D], k_from.layout)
@@ -325,9 +347,9 @@ def key_gradient_kernel(
     gl.warp_specialize(
         [
             (_sum_keys, (ZERO, outputs, memory, ds_s, barriers, work, addresses, KEY_TILES, BLOCK_Q, STAGES,
-                         D, D2, D_V, D_V2, SOFTCAP, FUSED, STATISTICS_FIRST, VALUES_FIRST)),
+                         D, D2, D_V, D_V2, SOFTCAP, FUSED, STATISTICS_FIRST, VALUES_FIRST, PIECES)),
             (_sum_keys, (ONE, outputs, memory, ds_s, barriers, work, addresses, KEY_TILES, BLOCK_Q, STAGES,
-                         D, D2, D_V, D_V2, SOFTCAP, FUSED, STATISTICS_FIRST, VALUES_FIRST)),
+                         D, D2, D_V, D_V2, SOFTCAP, FUSED, STATISTICS_FIRST, VALUES_FIRST, PIECES)),
             (_fetch_queries, (descriptors, memory, barriers, work, loads, KEY_TILES, BLOCK_Q, STAGES, D, D2, D_V, D_V2)),
         ],
         [4, 4],

@@ -26,14 +26,14 @@ reinterpret = _shared.reinterpret if hasattr(_shared, "reinterpret") else _share
 @gluon.jit
 def load_place(SLOTS, slot):
     """(head, first row) of the work item in a slot of the schedule."""
-    item = SLOTS + slot * 4
+    item = SLOTS + slot * 5
     return gl.load(item), gl.load(item + 1)
 
 
 @gluon.jit
 def load_extent(SLOTS, slot):
     """(first entry, end of entries) of the work item in a slot of the schedule."""
-    item = SLOTS + slot * 4
+    item = SLOTS + slot * 5
     return gl.load(item + 2), gl.load(item + 3)
 
 
@@ -43,6 +43,12 @@ def load_item(SLOTS, slot):
     head, start = load_place(SLOTS, slot)
     first, last = load_extent(SLOTS, slot)
     return head, start, first, last
+
+
+@gluon.jit
+def load_piece(SLOTS, slot):
+    """Where in the scratch the work item in a slot leaves its sums; -1 for whole items, which leave none."""
+    return gl.load(SLOTS + slot * 5 + 4)
 
 
 @gluon.jit
@@ -172,6 +178,38 @@ def add_tile(X, x, token, keep, WIDTH: gl.constexpr, layout: gl.constexpr):
     pointers = tile_pointers(X, token, 64, WIDTH, layout)
     inside = spread(keep, layout)
     gl.atomic_add(pointers, x, mask=inside, sem="relaxed")
+
+
+@gluon.jit
+def store_tile(X, x, token: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """Writes a whole tile of 64 rows to scratch."""
+    gl.store(tile_pointers(X, token, 64, WIDTH, layout), x)
+
+
+@gluon.jit
+def finish_rows(sums, top, lse_at, exists, STATE: gl.constexpr):
+    """(lse, weight of the accumulators, weight of the incoming o, whether it has any) of the rows of a finished tile."""
+    seen = sums > 0.0
+    weight_in = sums
+    live = exists
+    if STATE:  # maximum lse, sum 1, accumulator o
+        lse_in = gl.load(lse_at, mask=exists, other=float("-inf"))
+        live = lse_in > float("-inf")
+        top_in = gl.maximum(lse_in * (1.0 / LN_2), NOTHING)
+        joined = gl.maximum(top, top_in)
+        weight = gl.exp2(top - joined)
+        weight_in = gl.where(live, gl.exp2(top_in - joined), 0.0)
+        sums = sums * weight + weight_in
+        top = joined
+    safe = gl.where(sums == 0.0, 1.0, sums)
+    lse = gl.where(sums == 0.0, float("-inf"), (top + gl.log2(safe)) * LN_2)
+    if STATE:  # rows that saw nothing keep their bits: base 2 and back is not exact
+        lse = gl.where(seen, lse, lse_in)
+        weight = gl.where(seen, weight / safe, 0.0)
+        weight_in = gl.where(seen, weight_in / safe, gl.where(live, 1.0, 0.0))
+    else:
+        weight = 1.0 / safe
+    return lse, weight, weight_in, live
 
 
 # 32 sums a thread as 8 adds of 16 bytes, each 512 bytes of a warp in one piece; all 32 elements come with one address

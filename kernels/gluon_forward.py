@@ -19,21 +19,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from distattn.kernels.gluon_blocks import (
-    LN_2,
     NOTHING,
     add_products,
     async_load,
     async_store,
     await_parts,
+    finish_rows,
     hide,
     load_extent,
     load_item,
+    load_piece,
     load_runs,
     prefetch_tile,
     product_over_head,
     row_maxima,
     row_sums_of_threads,
     spread,
+    store_tile,
     streamed_tile,
     tanh,
     tile_pointers,
@@ -143,31 +145,6 @@ def _attend(
 
 
 @gluon.jit
-def _finish_rows(sums, top, lse_at, exists, STATE: gl.constexpr):
-    """(lse, weight of the accumulators, weight of the incoming o, whether it has any) of the rows of a finished tile."""
-    seen = sums > 0.0
-    weight_in = sums
-    live = exists
-    if STATE:  # maximum lse, sum 1, accumulator o
-        lse_in = gl.load(lse_at, mask=exists, other=float("-inf"))
-        live = lse_in > float("-inf")
-        top_in = gl.maximum(lse_in * (1.0 / LN_2), NOTHING)
-        joined = gl.maximum(top, top_in)
-        weight = gl.exp2(top - joined)
-        weight_in = gl.where(live, gl.exp2(top_in - joined), 0.0)
-        sums = sums * weight + weight_in
-        top = joined
-    safe = gl.where(sums == 0.0, 1.0, sums)
-    lse = gl.where(sums == 0.0, float("-inf"), (top + gl.log2(safe)) * LN_2)
-    if STATE:  # rows that saw nothing keep their bits: base 2 and back is not exact
-        lse = gl.where(seen, lse, lse_in)
-        weight = gl.where(seen, weight / safe, 0.0)
-        weight_in = gl.where(seen, weight_in / safe, gl.where(live, 1.0, 0.0))
-    else:
-        weight = 1.0 / safe
-    return lse, weight, weight_in, live
-
-
 @gluon.jit
 def _load_tile(O_IN, in_token, exists, WIDTH: gl.constexpr, STATE: gl.constexpr, layout: gl.constexpr):
     """Part of a tile of the incoming o: not awaited before it is used."""
@@ -189,15 +166,40 @@ def _store_tile(
 
 
 @gluon.jit
+def _store_piece(
+    PARTS, place, accs, lse, weight, CID: gl.constexpr, ROWS: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr,
+    o_layout: gl.constexpr, o2_layout: gl.constexpr,
+):  # fmt: skip
+    """64 rows of a piece, a state of its own, to its place in the scratch: first o of all ROWS, then their lse."""
+    at = PARTS + place.to(gl.int64) * (ROWS * (D_V + D_V2 + 1))
+    gl.store(at + ROWS * (D_V + D_V2) + CID * 64 + gl.arange(0, 64, lse.type.layout), lse)
+    o_at = at + CID * 64 * (D_V + D_V2)
+    store_tile(o_at, accs[0] * spread(weight, o_layout), D_V + D_V2, D_V, o_layout)
+    if D_V2:
+        store_tile(o_at + D_V, accs[1] * spread(weight, o2_layout), D_V + D_V2, D_V2, o2_layout)
+
+
+@gluon.jit
+def _stage_tile(o_to, o_s, acc, weight, row0, column, DTYPE: gl.constexpr, layout: gl.constexpr):
+    """A tile of o through shared memory; rows past the end are cut off by the descriptor."""
+    tma.store_wait(0)  # the last item's store has read the buffer
+    o_s.store((acc * spread(weight, layout)).to(DTYPE))
+    fence_async_shared()
+    async_store(o_to, [row0, column], o_s)
+
+
+@gluon.jit
 def _consume(
     CID: gl.constexpr, o_to, outputs, memory, o_s, barriers, work, addresses,
     CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr,
     STATE: gl.constexpr, ALL_ROWS: gl.constexpr, TMA_OUT: gl.constexpr, SOFTCAP: gl.constexpr,
-    PING_PONG: gl.constexpr, MAXIMUM_FIRST: gl.constexpr,
+    PING_PONG: gl.constexpr, MAXIMUM_FIRST: gl.constexpr, PIECES: gl.constexpr,
 ):  # fmt: skip
     """64 rows of queries of every item."""
-    O, LSE, O_IN = outputs
+    O = outputs[0]
+    LSE = outputs[1]
+    O_IN = outputs[2]
     q_s, q2_s, k_s, k2_s, v_s, v2_s = memory
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = barriers
     SLOTS, ENTRIES = work
@@ -271,7 +273,11 @@ def _consume(
         # the next item: its latency hides under the last product and the stores
         slot = pid + gl.minimum(turn + 1, n_items - 1) * programs
         next_head, next_start, next_first, _ = load_item(SLOTS, slot)
-        exists = rows < n_q
+        limit = n_q
+        if PIECES:
+            place = load_piece(SLOTS, pid + turn * programs)
+            limit = gl.where(place < 0, n_q, row0)
+        exists = rows < limit  # no row of a piece: joined with nothing, it goes to the scratch
         base = row0.to(gl.int64)
         lse_at = LSE + base * lse_token + head.to(gl.int64) * lse_head + (rows - row0) * lse_token
         sums = gl.convert_layout(gl.sum(total, 1), r_layout)
@@ -281,16 +287,18 @@ def _consume(
         in_at = O_IN + base * in_token + head.to(gl.int64) * in_head
         # in flight beside the last product; two parts would not fit beside their sums
         o_in = _load_tile(in_at, in_token, exists, D_V, STATE and D_V2 == 0, o_layout)
-        lse, weight, weight_in, live = _finish_rows(sums, top, lse_at, exists, STATE)
+        lse, weight, weight_in, live = finish_rows(sums, top, lse_at, exists, STATE)
         gl.store(lse_at, lse, mask=keep)
         accs = await_parts(accs, 0, D_V2 > 0)
         mbarrier.arrive(v_empty.index(before), count=1)
-        if TMA_OUT:  # rows past the end are cut off by the descriptor
-            tma.store_wait(0)  # the last item's store has read the buffer
-            o_s.index(CID).store((accs[0] * spread(weight, o_layout)).to(DTYPE))
-            fence_async_shared()
-            async_store(o_to, [row0, head * o_head], o_s.index(CID))
-        else:
+        if PIECES:
+            if place >= 0:
+                _store_piece(outputs[3], place, accs, lse, weight, CID, CONSUMERS * 64, D_V, D_V2, o_layout, o2_layout)
+            elif TMA_OUT:
+                _stage_tile(o_to, o_s.index(CID), accs[0], weight, row0, head * o_head, DTYPE, o_layout)
+        elif TMA_OUT:
+            _stage_tile(o_to, o_s.index(CID), accs[0], weight, row0, head * o_head, DTYPE, o_layout)
+        if not TMA_OUT:
             o_at = O + base * o_token + head.to(gl.int64) * o_head
             if D_V2:
                 o_in = _load_tile(in_at, in_token, exists, D_V, STATE, o_layout)
@@ -307,7 +315,7 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["n_q"])
 def forward_kernel(
-    q_from, q2_from, k_from, k2_from, v_from, v2_from, o_to, O, LSE, O_IN, SLOTS, COUNTS, ENTRIES,
+    q_from, q2_from, k_from, k2_from, v_from, v2_from, o_to, O, LSE, O_IN, SLOTS, COUNTS, ENTRIES, PARTS,
     q_head: gl.constexpr, k_head: gl.constexpr, v_head: gl.constexpr, o_token: gl.constexpr, o_head: gl.constexpr,
     lse_token: gl.constexpr, lse_head: gl.constexpr, in_token: gl.constexpr, in_head: gl.constexpr,
     group: gl.constexpr, n_q, inner, outer,
@@ -315,11 +323,12 @@ def forward_kernel(
     CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     STATE: gl.constexpr, ALL_ROWS: gl.constexpr, TMA_OUT: gl.constexpr, SOFTCAP: gl.constexpr,
     PING_PONG: gl.constexpr, MAXIMUM_FIRST: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    PIECES: gl.constexpr,
 ):  # fmt: skip
     """Grid: the programs of the schedule. Program p works through slots p, p + programs, ... of which it has COUNTS[p] >= 1.
 
     STATE joins the state (O_IN, LSE), LSE in place; without ALL_ROWS rows that saw nothing stay. TMA_OUT
-    (without STATE) stages o in shared memory.
+    (without STATE) stages o in shared memory. PIECES leaves o and lse of items with a place in PARTS instead.
     """
     DTYPE: gl.constexpr = q_from.dtype
     q_s = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 64, D], q_from.layout)
@@ -361,6 +370,8 @@ def forward_kernel(
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
     work = (SLOTS, ENTRIES)
     outputs = (O, LSE, O_IN)
+    if PIECES:
+        outputs = (O, LSE, O_IN, PARTS)
     strides = (o_token, o_head, lse_token, lse_head, in_token, in_head)
     addresses = (n_items, strides, n_q, inner, outer)
     loads = (n_items, group, q_head, k_head, v_head)
@@ -372,9 +383,9 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (_consume, (ZERO, o_to, outputs, memory, o_s, barriers, work, addresses, CONSUMERS, BLOCK_K, STAGES,
-                            D2, D_V, D_V2, STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST)),
+                            D2, D_V, D_V2, STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST, PIECES)),
                 (_consume, (ONE, o_to, outputs, memory, o_s, barriers, work, addresses, CONSUMERS, BLOCK_K, STAGES,
-                            D2, D_V, D_V2, STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST)),
+                            D2, D_V, D_V2, STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST, PIECES)),
                 (_produce, (descriptors, memory, barriers, work, loads, state,
                             CONSUMERS, BLOCK_K, STAGES, D, D2, D_V, D_V2, STATE)),
             ],
@@ -385,11 +396,11 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (_consume, (ZERO, o_to, outputs, memory, o_s, barriers, work, addresses, CONSUMERS, BLOCK_K, STAGES,
-                            D2, D_V, D_V2, STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST)),
+                            D2, D_V, D_V2, STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST, PIECES)),
                 (_consume, (ONE, o_to, outputs, memory, o_s, barriers, work, addresses, CONSUMERS, BLOCK_K, STAGES,
-                            D2, D_V, D_V2, STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST)),
+                            D2, D_V, D_V2, STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST, PIECES)),
                 (_consume, (TWO, o_to, outputs, memory, o_s, barriers, work, addresses, CONSUMERS, BLOCK_K, STAGES,
-                            D2, D_V, D_V2, STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST)),
+                            D2, D_V, D_V2, STATE, ALL_ROWS, TMA_OUT, SOFTCAP, PING_PONG, MAXIMUM_FIRST, PIECES)),
                 (_produce, (descriptors, memory, barriers, work, loads, state,
                             CONSUMERS, BLOCK_K, STAGES, D, D2, D_V, D_V2, STATE)),
             ],

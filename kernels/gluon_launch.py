@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 FORWARD, KEYS, QUERIES, FUSED, SCRATCH = "forward", "key_gradient", "query_gradient", "fused_gradient", "add_scratch"
+MERGE, ADD = "merge_pieces", "add_pieces"
 
 # Widths of shared memory are powers of two: a head of another size lies in two parts, and one of 256 so that its sums need not
 # all be at hand when they are joined with what was there.
@@ -28,6 +29,7 @@ class Forward(NamedTuple):
     ping_pong: bool = True
     maximum_first: bool = False
     stage_out: bool = True  # o of the output dtype goes through shared memory of its own, where there is room
+    split: bool = True  # cuts items where that pays; see gluon_division.py
 
 
 # By (D, D_v). Three consumers at D 64 were 2 to 7% faster in the prototypes, and spill. 192 and 256 leave no room to stage o.
@@ -50,6 +52,7 @@ class Keys(NamedTuple):
     producer_registers: int = 24
     entry_registers: int = 168
     values_first: bool = False
+    split: bool = True
 
 
 class Queries(NamedTuple):
@@ -60,6 +63,7 @@ class Queries(NamedTuple):
     registers: int = 240
     producer_registers: int = 24
     entry_registers: int = 168
+    split: bool = True
 
 
 KEYS_ROWS = {(64, 64): Keys(), (96, 96): Keys(), (128, 128): Keys(), (192, 128): Keys(block_q=32), (256, 256): Keys(1, 32)}
@@ -71,7 +75,7 @@ QUERIES_ROWS = {
     (256, 256): Queries(32),
 }
 # dq leaves a fused step in pieces of 64 x 64, one a consumer: halves of the head at D 128, halves of 128 queries at D 64.
-FUSED_ROWS = {(64, 64): Keys(block_q=128), (128, 128): Keys()}
+FUSED_ROWS = {(64, 64): Keys(block_q=128, split=False), (128, 128): Keys(split=False)}
 ROWS: dict[str, dict[tuple[int, int], NamedTuple]] = {
     FORWARD: {**FORWARD_ROWS}, KEYS: {**KEYS_ROWS}, QUERIES: {**QUERIES_ROWS}, FUSED: {**FUSED_ROWS},
 }  # fmt: skip

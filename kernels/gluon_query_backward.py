@@ -18,10 +18,12 @@ from distattn.kernels.gluon_blocks import (
     hide,
     load_extent,
     load_item,
+    load_piece,
     load_place,
     load_runs,
     product_over_head,
     scratch_places,
+    store_tile,
     streamed_row,
     streamed_tile,
     tanh,
@@ -100,8 +102,8 @@ def _score_gradients(
 
 @gluon.jit
 def _sum_queries(
-    CID: gl.constexpr, DQ, LSE, DELTA, memory, barriers, work, addresses, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    D: gl.constexpr, D2: gl.constexpr, D_V2: gl.constexpr, SOFTCAP: gl.constexpr,
+    CID: gl.constexpr, outputs, LSE, DELTA, memory, barriers, work, addresses, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, D2: gl.constexpr, D_V2: gl.constexpr, SOFTCAP: gl.constexpr, PIECES: gl.constexpr,
 ):  # fmt: skip
     """64 rows of queries."""
     q_s, q2_s, k_s, k2_s, v_s, v2_s, g_s, g2_s = memory
@@ -176,7 +178,15 @@ def _sum_queries(
             it += 1
     before = (it - 1) % STAGES
     dqs = await_parts(add_products(ds, k_s.index(before), k2_s.index(before), dqs, SPLIT), 0, SPLIT)
-    at = DQ + row0.to(gl.int64) * dq_token + head.to(gl.int64) * dq_head
+    if PIECES:
+        place = load_piece(SLOTS, gl.program_id(0))
+        keep = rows < gl.where(place < 0, n_q, row0)  # no row of a piece
+        if place >= 0:
+            piece_at = outputs[1] + (place * 128 + CID * 64).to(gl.int64) * (D + D2)
+            store_tile(piece_at, dqs[0] * scale, D + D2, D, d_layout)
+            if SPLIT:
+                store_tile(piece_at + D, dqs[1] * scale, D + D2, D2, d2_layout)
+    at = outputs[0] + row0.to(gl.int64) * dq_token + head.to(gl.int64) * dq_head
     add_tile(at, dqs[0] * scale, dq_token, keep, D, d_layout)
     if SPLIT:
         add_tile(at + D, dqs[1] * scale, dq_token, keep, D2, d2_layout)
@@ -184,13 +194,13 @@ def _sum_queries(
 
 @gluon.jit(do_not_specialize=["n_q", "padded"])
 def query_gradient_kernel(
-    q_from, q2_from, k_from, k2_from, v_from, v2_from, g_from, g2_from, DQ, LSE, DELTA, SLOTS, COUNTS, ENTRIES,
-    q_head: gl.constexpr, k_head: gl.constexpr, v_head: gl.constexpr, g_head: gl.constexpr,
+    q_from, q2_from, k_from, k2_from, v_from, v2_from, g_from, g2_from, DQ, LSE, DELTA, SCRATCH, SLOTS, COUNTS,
+    ENTRIES, q_head: gl.constexpr, k_head: gl.constexpr, v_head: gl.constexpr, g_head: gl.constexpr,
     dq_token: gl.constexpr, dq_head: gl.constexpr, group: gl.constexpr, n_q, padded, inner, outer, scale,
     D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    SOFTCAP: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    SOFTCAP: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, PIECES: gl.constexpr,
 ):  # fmt: skip
-    """Grid: one program a (tile of 128 queries, query head)."""
+    """Grid: one program a (tile of 128 queries, query head), or piece of it: PIECES leaves those with a place in SCRATCH."""
     DTYPE: gl.constexpr = q_from.dtype
     q_s = gl.allocate_shared_memory(DTYPE, [2, 64, D], q_from.layout)
     g_s = gl.allocate_shared_memory(DTYPE, [2, 64, D_V], g_from.layout)
@@ -223,19 +233,24 @@ def query_gradient_kernel(
     memory = (q_s, q2_s, k_s, k2_s, v_s, v2_s, g_s, g2_s)
     barriers = (q_full, k_full, k_empty, v_full, v_empty)
     work = (SLOTS, ENTRIES)
+    outputs = (DQ,)
+    if PIECES:
+        outputs = (DQ, SCRATCH)
     addresses = (dq_token, dq_head, n_q, padded, inner, outer, scale)
     loads = (group, q_head, k_head, v_head, g_head)
     ZERO: gl.constexpr = 0
     ONE: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_sum_queries, (ZERO, DQ, LSE, DELTA, memory, barriers, work, addresses, BLOCK_K, STAGES, D, D2, D_V2, SOFTCAP)),
-            (_sum_queries, (ONE, DQ, LSE, DELTA, memory, barriers, work, addresses, BLOCK_K, STAGES, D, D2, D_V2, SOFTCAP)),
+            (_sum_queries, (ZERO, outputs, LSE, DELTA, memory, barriers, work, addresses, BLOCK_K, STAGES,
+                            D, D2, D_V2, SOFTCAP, PIECES)),
+            (_sum_queries, (ONE, outputs, LSE, DELTA, memory, barriers, work, addresses, BLOCK_K, STAGES,
+                            D, D2, D_V2, SOFTCAP, PIECES)),
             (_fetch_keys, (descriptors, memory, barriers, work, loads, BLOCK_K, STAGES, D, D2, D_V, D_V2)),
         ],
         [4, 4],
         [REGISTERS, PRODUCER_REGISTERS],
-    )
+    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["n_q", "tiles"])

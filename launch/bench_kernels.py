@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from distattn.launch.bench_kernels_measure import Protocol
     from distattn.launch.bench_kernels_report import Results
 
-GROUPS = ("dense", "gqa", "state", "documents", "window", "short", "heads", "ranks")
+GROUPS = ("dense", "gqa", "state", "documents", "window", "short", "few", "heads", "ranks")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -207,7 +207,8 @@ def measure_case(case: Case, asked: argparse.Namespace, protocol: Protocol, resu
     from distattn.launch.bench_kernels_cases import inputs
     from distattn.launch.bench_kernels_measure import in_turns
     from distattn.launch.bench_kernels_report import GEMM
-    from distattn.launch.bench_kernels_run import OURS, Finished, Wrong, finish, libraries, ours
+    from distattn.launch.bench_kernels_run import OURS, WHOLE, Finished, Wrong, finish, libraries, ours
+    from distattn.launch.kernel_occupancy import PROCESSORS, occupancies
 
     device: torch.device = torch.device(asked.device)
     x = inputs(case, asked.dtype, device)
@@ -217,6 +218,10 @@ def measure_case(case: Case, asked: argparse.Namespace, protocol: Protocol, resu
     makers: dict[str, Any] = {
         name: lambda name=name: ours(case, x, name, finished) for name in asked.backend or OURS[device.type]
     }
+    if "gluon" in makers:
+        results.occupancy[case] = counted = occupancies(case, results.hardware.get("processors", PROCESSORS))
+        if any(before != after for before, after in counted.values()):
+            makers[WHOLE] = lambda: ours(case, x, WHOLE, finished)
     makers |= dict(libraries(case, x, finished, not asked.no_flex))
     if case.direction == "forward":
         makers.pop("gluon_fused", None)  # its forward is that of gluon

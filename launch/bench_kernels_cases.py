@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distattn.kernels.bands import INF, Band, Bands
 from distattn.kernels.contract import Scores
+from distattn.kernels.gluon_plans import Shape
 
 DOCUMENT_MEAN, DOCUMENT_SIGMA = 4096, 1.0  # log-normal lengths, cut off at the end, as in launch/survey.py
 WINDOW = 4096
@@ -19,7 +20,10 @@ SHORT = 128  # rows of a short shard: below that nothing is cut
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement. ``state`` goes on from a float32 state and leaves one, as a ring's step does; backward adds into sums."""
+    """One measurement. ``state`` goes on from a float32 state and leaves one, as a ring's step does; backward adds into sums.
+
+    ``tokens`` keys, and as many queries unless ``rows`` says how many.
+    """
 
     group: str
     mask: str
@@ -30,18 +34,29 @@ class Case:
     d_v: int
     direction: str = "forward"
     state: bool = False
+    rows: int | None = None
+
+    @property
+    def queries(self) -> int:
+        """Rows of q."""
+        return self.tokens if self.rows is None else self.rows
+
+    @property
+    def shape(self) -> Shape:
+        """As the Hopper kernels' plans take it."""
+        return Shape(self.queries, self.tokens, self.heads, self.kv_heads, self.d, self.d_v)
 
     @property
     def name(self) -> str:
         """For people: what is measured."""
         size = f"D{self.d}" if self.d == self.d_v else f"D{self.d}:{self.d_v}"
-        length = f"{self.tokens // 1024}k" if self.tokens % 1024 == 0 else f"{self.tokens}"
+        length = _thousands(self.tokens) if self.rows is None else f"{_thousands(self.rows)} x {_thousands(self.tokens)}"
         state = ", state in and out" if self.state else ""
         return f"{self.direction} {self.mask} {length} {size} {self.heads}:{self.kv_heads}{state}"
 
     @cached_property
     def bands(self) -> Bands:
-        """The mask over ``tokens`` queries and keys."""
+        """The mask over all queries and keys."""
         n = self.tokens
         if self.mask == "documents":
             return _diagonal(_document_lengths(n))
@@ -49,6 +64,8 @@ class Case:
             return Bands([Band(a, a + SHORT, max(0, a - 7 * SHORT), a + SHORT) for a in range(0, n, SHORT)])
         if self.mask.startswith("long"):  # the same keys a row in shards of 2,048 rows
             return Bands([Band(a, min(a + 2048, n), max(0, a - 1024), min(n, max(1024, a))) for a in range(0, n, 2048)])
+        if self.rows is not None:
+            return Bands([Band(0, self.rows, 0, n)])
         limits = {"full": (-INF, INF), "causal": (-INF, 0), "window": (-WINDOW + 1, 0)}[self.mask]
         return Bands([Band(0, n, 0, n, *limits)])
 
@@ -76,8 +93,15 @@ class Inputs:
 def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
     """The same numbers for the same case on the same device."""
     generator = torch.Generator(device).manual_seed(case.tokens + case.d)
-    sizes = [(case.heads, case.d), (case.kv_heads, case.d), (case.kv_heads, case.d_v), (case.heads, case.d_v)]
-    return Inputs(*(torch.randn(case.tokens, *size, generator=generator, device=device).to(dtype) for size in sizes))
+    n_q, n_k = case.queries, case.tokens
+    sizes = [
+        (n_q, case.heads, case.d), (n_k, case.kv_heads, case.d), (n_k, case.kv_heads, case.d_v), (n_q, case.heads, case.d_v)
+    ]  # fmt: skip
+    return Inputs(*(torch.randn(*size, generator=generator, device=device).to(dtype) for size in sizes))
+
+
+def _thousands(n: int) -> str:
+    return f"{n // 1024}k" if n % 1024 == 0 else f"{n}"
 
 
 def _document_lengths(tokens: int) -> np.ndarray:
@@ -98,7 +122,7 @@ def both(case: Case) -> list[Case]:
     return [case, replace(case, direction="backward")]
 
 
-GROUPS = ("dense", "gqa", "state", "documents", "window", "short", "heads")
+GROUPS = ("dense", "gqa", "state", "documents", "window", "short", "few", "heads")
 
 
 def all_cases(small: bool = False) -> list[Case]:
@@ -119,6 +143,10 @@ def all_cases(small: bool = False) -> list[Case]:
     ]
     for group, mask in (("documents", "documents"), ("window", "window"), ("short", "short"), ("short", "long")):
         found += both(Case(group, mask, long, heads, heads, 128, 128))
+    few, many = (128, lengths[0]) if small else (1024, 131072)
+    for heads_of_shard in (1, 4):  # a short shard of queries forward, of keys backward, whose items are fewer than processors
+        shard = Case("few", "full", many, heads_of_shard, heads_of_shard, 128, 128, rows=few)
+        found += [*both(shard), replace(shard, tokens=few, rows=many, direction="backward")]
     for d, d_v in ((96, 96), (192, 128), (256, 256)):
         found += both(Case("heads", "causal", lengths[0], heads, heads, d, d_v))
     return found

@@ -20,6 +20,7 @@ from distattn.launch.bench_kernels_cases import Case
 from distattn.launch.bench_kernels_claims import Runs, claims, print_claims
 from distattn.launch.bench_kernels_measure import Rate
 from distattn.launch.bench_kernels_ranks import SCHEDULES, Distributed
+from distattn.launch.bench_kernels_run import WHOLE
 
 GEMM = "GEMM"
 
@@ -34,6 +35,13 @@ class Results:
     rates: dict[Case, dict[str, Rate]] = field(default_factory=dict)
     refused: dict[Case, dict[str, str]] = field(default_factory=dict)
     distributed: list[Distributed] = field(default_factory=list)
+    occupancy: dict[Case, dict[str, tuple[float, float]]] = field(default_factory=dict)  # counted: see kernel_occupancy.py
+
+    def counted(self, case: Case, who: str) -> str:
+        """Mean over busiest multiprocessor of each launch of the Hopper kernels, by count of tiles; empty for others."""
+        if who not in ("gluon", WHOLE) or case not in self.occupancy:
+            return ""
+        return " ".join(f"{found[who == 'gluon']:.3f}" for found in self.occupancy[case].values())
 
     def tflops(self, case: Case, who: str, cold: bool = False) -> float:
         """TFLOP/s of unmasked pairs; of the matrix product for :data:`GEMM`."""
@@ -62,7 +70,7 @@ def print_results(results: Results) -> None:
     """One table of all cases, one of the ranks, and the command that made them."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     table = Table(
-        "case", "who", "sustained", "spread", "cold", "of GEMM", "/ cuDNN", "/ flash", "/ flex", "/ SDPA",
+        "case", "who", "sustained", "spread", "cold", "of GEMM", "/ cuDNN", "/ flash", "/ flex", "/ SDPA", "occupancy",
         title="TFLOP/s of unmasked pairs", box=box.ROUNDED if console.is_terminal else box.SIMPLE_HEAD,
     )  # fmt: skip
     for case, rates in results.rates.items():
@@ -74,10 +82,13 @@ def print_results(results: Results) -> None:
                 f"{results.tflops(case, who, True):.4g}",
                 f"{results.tflops(case, who) / gemm:.1%}",
                 *("" if ratio is None else f"{ratio:.3f}" for ratio in ratios),
+                results.counted(case, who),
             )  # fmt: skip
         table.add_section()
     if results.rates:
         console.print(table)
+    if results.occupancy:
+        console.print("occupancy: counted, mean over busiest multiprocessor in tiles, launch by launch", highlight=False)
     for found in results.distributed:
         for name in SCHEDULES:
             console.print(
@@ -97,8 +108,10 @@ def as_json(results: Results) -> dict[str, Any]:
     """All samples, for the record."""
     rows = [
         {
-            "case": case.name, "group": case.group, "mask": case.mask, "tokens": case.tokens, "direction": case.direction,
+            "case": case.name, "group": case.group, "mask": case.mask, "tokens": case.tokens, "rows": case.queries,
+            "direction": case.direction,
             "d": case.d, "d_v": case.d_v, "heads": case.heads, "kv_heads": case.kv_heads, "state": case.state, "who": who,
+            "occupancy": results.counted(case, who),
             "tflops_sustained": results.tflops(case, who), "tflops_cold": results.tflops(case, who, True),
             "seconds_sustained": rate.sustained, "seconds_cold": rate.cold,
             "megahertz": [[reading.megahertz for reading in found] for found in rate.readings],

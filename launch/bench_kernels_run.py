@@ -16,10 +16,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from distattn.kernels import load
 from distattn.kernels.bands import INF, Bands, clip, shift
 from distattn.kernels.contract import State
+from distattn.kernels.gluon_backend import GluonBackend
 from distattn.kernels.reference import Reference
 from distattn.launch.bench_kernels_cases import Case, Inputs
 from distattn.launch.bench_kernels_measure import Work
 
+WHOLE = "gluon, nothing cut"
 OURS = {"cuda": ("gluon", "gluon_fused", "triton", "cudnn", "flash"), "cpu": ("aten",)}
 # bf16 outputs and gradients against float32: rounding of p and ds on the way, and of the result (2e-3 to 3e-3 measured).
 ALLOWED = {torch.float32: 2e-5, torch.bfloat16: 6e-3, torch.float16: 2e-3}
@@ -41,7 +43,7 @@ class Finished:
 
 def finish(case: Case, x: Inputs, backend: Any) -> Finished:
     """The forward of ``case``, checked."""
-    out = torch.full((case.tokens, case.heads, case.d_v), torch.nan, dtype=x.q.dtype, device=x.q.device)
+    out = torch.full((case.queries, case.heads, case.d_v), torch.nan, dtype=x.q.dtype, device=x.q.device)
     state = backend.forward(x.q, x.k, x.v, case.bands, case.scores, out=out)
     check_forward(case, x, backend.name, out, state.lse)
     return Finished(out, state.lse, (x.dout.float() * out.float()).sum(-1))
@@ -52,7 +54,7 @@ def finish(case: Case, x: Inputs, backend: Any) -> Finished:
 
 def ours(case: Case, x: Inputs, name: str, finished: Finished | None) -> tuple[Work, Callable[[], None]]:
     """(one call, its check) of the backend called ``name``; ValueError with the reason when it cannot take the case."""
-    backend = load(name)
+    backend = GluonBackend(split=False) if name == WHOLE else load(name)
     reason = backend.reject(x.q, x.k, x.v, case.scores)
     if reason is None and hasattr(backend, "reject_bands"):
         reason = backend.reject_bands(case.bands)
@@ -73,8 +75,8 @@ def ours(case: Case, x: Inputs, name: str, finished: Finished | None) -> tuple[W
             backend.backward, x.dout, x.q, x.k, x.v, delta, lse, case.bands, case.scores, sums[0], sums[1], sums[2]
         ), check
     if case.state:
-        o = torch.randn(case.tokens, case.heads, case.d_v, device=x.q.device)
-        state = State(o, torch.randn(case.tokens, case.heads, device=x.q.device) + math.log(case.tokens))
+        o = torch.randn(case.queries, case.heads, case.d_v, device=x.q.device)
+        state = State(o, torch.randn(case.queries, case.heads, device=x.q.device) + math.log(case.tokens))
 
         def check_state() -> None:
             mine = State(*(t.clone() for t in state))
@@ -82,7 +84,7 @@ def ours(case: Case, x: Inputs, name: str, finished: Finished | None) -> tuple[W
             check_forward(case, x, name, mine.o, mine.lse, state)
 
         return partial(backend.forward, *arguments, case.bands, case.scores, state), check_state
-    out = torch.full((case.tokens, case.heads, case.d_v), torch.nan, dtype=x.q.dtype, device=x.q.device)
+    out = torch.full((case.queries, case.heads, case.d_v), torch.nan, dtype=x.q.dtype, device=x.q.device)
 
     def check_out() -> None:
         out.fill_(torch.nan)
@@ -124,7 +126,7 @@ def _flex(case: Case, device: torch.device) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     table = torch.from_numpy(case.bands.table.copy()).clamp(-(1 << 30), 1 << 30).to(device)
-    band_of = torch.zeros(case.tokens, dtype=torch.int64, device=device)
+    band_of = torch.zeros(case.queries, dtype=torch.int64, device=device)
     for place, band in enumerate(case.bands):
         band_of[band.q0 : band.q1] = place
 
@@ -133,7 +135,7 @@ def _flex(case: Case, device: torch.device) -> Callable[..., Tensor]:
         distance = j - i
         return (j >= own[..., 2]) & (j < own[..., 3]) & (distance >= own[..., 4]) & (distance <= own[..., 5])
 
-    mask = create_block_mask(visible, None, None, case.tokens, case.tokens, device=device)
+    mask = create_block_mask(visible, None, None, case.queries, case.tokens, device=device)
     compiled = torch.compile(flex_attention, dynamic=False)
     return partial(compiled, block_mask=mask, enable_gqa=case.heads != case.kv_heads)
 
@@ -186,7 +188,7 @@ def _assert_close(case: Case, who: str, what: str, got: Tensor, want: Tensor, dt
 def check_forward(case: Case, x: Inputs, who: str, out: Tensor, lse: Tensor | None, state: State | None = None) -> None:
     """Raises :class:`Wrong` unless out and lse are those of float32, row stretch by row stretch, for one group of heads."""
     group = case.heads // case.kv_heads
-    for rows in stretches(case.tokens):
+    for rows in stretches(case.queries):
         start = State(*(t[rows, :group].clone() for t in state)) if state is not None else None
         want = Reference().forward(x.q[rows, :group], x.k[:, :1], x.v[:, :1], between(case.bands, rows, None), case.scores, start)
         _assert_close(case, who, "out", out[rows, :group], want.o, x.q.dtype)
@@ -205,10 +207,10 @@ def check_backward(case: Case, x: Inputs, who: str, finished: Finished, dq: Tens
         Reference().backward(dout[rows], q[rows], k[keys], v[keys], delta[rows], lse[rows], bands, case.scores, *sums)
         return sums
 
-    everything = slice(0, case.tokens)
-    for part in stretches(case.tokens):
-        wanted = run(part, everything, between(case.bands, part, None))[0]
+    for part in stretches(case.queries):
+        wanted = run(part, slice(0, case.tokens), between(case.bands, part, None))[0]
         _assert_close(case, who, "dq", dq[part, :group], wanted, x.q.dtype)
-        wanted_k, wanted_v = run(everything, part, between(case.bands, None, part))[1:]
+    for part in stretches(case.tokens):
+        wanted_k, wanted_v = run(slice(0, case.queries), part, between(case.bands, None, part))[1:]
         _assert_close(case, who, "dk", dk[part, :1], wanted_k, x.q.dtype)
         _assert_close(case, who, "dv", dv[part, :1], wanted_v, x.q.dtype)

@@ -31,7 +31,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--head", nargs="+", default=HEADS, metavar="D[:D_v]", help=f"head sizes (default: {' '.join(HEADS)})")
     parser.add_argument("--dtype", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp16", "fp32"])
     parser.add_argument(
-        "--kernel", nargs="+", default=["forward", "key_gradient", "query_gradient"], help="--gluon also knows fused_gradient"
+        "--kernel",
+        nargs="+",
+        default=["forward", "key_gradient", "query_gradient"],
+        help="--gluon also knows fused_gradient, add_scratch, merge_pieces and add_pieces",
     )
     parser.add_argument("--softcap", action="store_true", help="the variants with a softcap")
     parser.add_argument("--gluon", action="store_true", help="the Hopper kernels instead: all variants of --kernel and --head")
@@ -115,7 +118,8 @@ def report_gluon(asked: argparse.Namespace) -> int:
             continue
         sizes_of = f"{made.registers} registers, {made.spills} bytes spilled, {made.shared} shared"
         figures = f"{made.warps} warps, {sizes_of}, {made.wgmma} wgmma"
-        call = f" {case.call}" if case.kind == "forward" else ""
+        call = f" {case.call}" if case.kind in ("forward", "merge_pieces", "add_pieces") else ""
+        call += ", pieces" if case.pieces else ""
         print(f"{case.kind} {case.d}:{case.d_v}{call}: {figures}: {'; '.join(made.violations) or 'ok'}", flush=True)
     return 1 if wrong else 0
 

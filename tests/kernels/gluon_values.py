@@ -34,6 +34,13 @@ class DotOperandLayout(NamedTuple):
     k_width: int
 
 
+class BlockedLayout(NamedTuple):
+    size_per_thread: list[int]
+    threads_per_warp: list[int]
+    warps_per_cta: list[int]
+    order: list[int]
+
+
 class SliceLayout(NamedTuple):
     dim: int
     parent: Any

@@ -19,12 +19,12 @@ import distattn.kernels
 from distattn.kernels.bands import INF, Band, Bands
 from distattn.kernels.contract import Scores
 from distattn.kernels.gluon_backend import GluonBackend
-from distattn.kernels.gluon_launch import FORWARD, FUSED, KEYS, ROWS
+from distattn.kernels.gluon_launch import FORWARD, FUSED, KEYS, QUERIES, ROWS
 from tests.kernels.cases import BASIC, CASES, DOCUMENTS, GAPS, WINDOW, Case, check_backend, check_repeats, check_untouched, unions
 
 pytest.importorskip("triton", reason="descriptors of the launches are triton's")
 
-from tests.kernels.gluon_emulator import SMALL, Emulated  # noqa: E402
+from tests.kernels.gluon_emulator import FREE, SMALL, Emulated  # noqa: E402
 
 BF16, F16 = torch.bfloat16, torch.float16
 
@@ -59,6 +59,58 @@ def test_the_fused_backward(case: Case, size: tuple[int, int]) -> None:
     check_backend(Emulated(deterministic=False), replace(fit(case, *size), sinks=True, calls=2))
 
 
+def split_case(size: tuple[int, int], softcap: float = 0.0) -> Case:
+    return Case("split", 200, 290, Bands([Band(0, 200, 0, 290, -INF, 60)]), (4, 2), *size, BF16, softcap)
+
+
+@pytest.mark.parametrize("size", ROWS[FORWARD], ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_split_calls_of_every_head_size(size: tuple[int, int], softcap: float) -> None:
+    """All four calls of the forward: state, last, fresh, out."""
+    case = split_case(size, softcap)
+    backend = Emulated(processors=40, costs=FREE)
+    check_backend(backend, replace(case, calls=2, sinks=True, out_dtype=BF16))
+    check_backend(backend, replace(case, dtype=F16))
+    check_backend(backend, replace(case, out_dtype=BF16, bands=GAPS))
+    assert all(backend.pieces[kind] for kind in (FORWARD, KEYS, QUERIES)), backend.pieces
+
+
+@pytest.mark.parametrize("processors", [5, 9, 100])
+@pytest.mark.parametrize("case", [case for case in ORDINARY if case.n_k and len(case.bands)][::3], ids=str)
+def test_split_calls_pass_what_every_backend_must_pass(case: Case, processors: int) -> None:
+    check_backend(Emulated(rows=SMALL, processors=processors, costs=FREE), fit(case))
+
+
+def test_split_calls_of_three_consumers_and_of_many_pieces() -> None:
+    case = replace(split_case((64, 64)), n_k=700, bands=Bands([Band(0, 200, 0, 700)]), heads=(1, 1), strided=True)
+    backend = Emulated(rows={FORWARD: {"consumers": 3, "block_k": 32}}, processors=30, costs=FREE)
+    check_backend(backend, case)
+    assert backend.pieces[FORWARD] >= 20, "more than the four that are joined at once"
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_split_calls_leave_untouched_rows_their_bits(softcap: float) -> None:
+    bands = Bands([Band(3, 40, 5, 130, -INF, 80), Band(60, 90, 40, 77), Band(261, 290, 300, 331, 12, INF)])
+    backend = Emulated(rows=SMALL, processors=40, costs=FREE)
+    check_untouched(backend, replace(fit(BASIC), bands=bands, n_q=400, n_k=460, softcap=softcap))
+    assert all(backend.pieces.values())
+
+
+def test_split_calls_repeat_their_bits_and_can_be_switched_off() -> None:
+    backend = Emulated(rows=SMALL, processors=40, costs=FREE)
+    check_repeats(backend, split_case((64, 64)))
+    off = {kind: {**SMALL[kind], "split": False} for kind in SMALL}
+    whole = Emulated(rows=off, processors=40, costs=FREE)
+    check_backend(whole, split_case((64, 64)))
+    assert all(backend.pieces.values()) and not any(whole.pieces.values())
+
+
+def test_what_does_not_pay_is_launched_as_before() -> None:
+    backend = Emulated(rows=SMALL, processors=7)
+    check_backend(backend, fit(BASIC))
+    assert not any(backend.pieces.values()) and backend.launches == 3, "a forward and two backward launches, and no more"
+
+
 @settings(max_examples=25)
 @given(
     bands=unions(210, 170),
@@ -72,12 +124,14 @@ def test_the_fused_backward(case: Case, size: tuple[int, int]) -> None:
     softcap=st.sampled_from([0.0, 0.0, 1.2]),
     seed=st.integers(0, 1 << 20),
     processors=st.integers(1, 5),
+    least=st.integers(0, 2),
 )
-def test_random_unions(bands, heads, size, dtype, calls, sinks, strided, final, softcap, seed, processors) -> None:  # type: ignore[no-untyped-def]
+def test_random_unions(bands, heads, size, dtype, calls, sinks, strided, final, softcap, seed, processors, least) -> None:  # type: ignore[no-untyped-def]
     case = Case(
         "random", 210, 170, bands, heads, *size, dtype, softcap, sinks, calls, dtype if final else None, strided
     )  # fmt: skip
-    check_backend(Emulated(seed, processors, SMALL), case, seed)
+    split = {"processors": 8 * processors, "costs": FREE._replace(least=least)} if least else {"processors": processors}
+    check_backend(Emulated(seed, rows=SMALL, **split), case, seed)
     if size == (64, 64) and not softcap:
         check_backend(Emulated(seed, processors, deterministic=False), case, seed)
 
@@ -97,7 +151,8 @@ def test_many_random_unions(data: st.DataObject) -> None:
     values_first = {"values_first": data.draw(st.booleans())}
     rows = {FORWARD: {"maximum_first": data.draw(st.booleans()), "ping_pong": data.draw(st.booleans())}, KEYS: values_first}
     seed = data.draw(st.integers(0, 1 << 20))
-    check_backend(Emulated(seed, data.draw(st.integers(1, 9)), rows), case, seed)
+    costs = data.draw(st.sampled_from([None, FREE, FREE._replace(least=2)]))
+    check_backend(Emulated(seed, data.draw(st.integers(1, 40)), rows, costs=costs), case, seed)
     if size in ROWS[FUSED] and not case.softcap:
         check_backend(Emulated(seed, deterministic=False), case, seed)
 
@@ -147,7 +202,7 @@ def test_no_variable_is_set_to_a_literal_in_a_loop() -> None:
     """The compiler takes a literal for a constant and does not carry it: the emulator, which is Python, would not notice."""
     folder = Path(distattn.kernels.__file__).parent
     for path in folder.glob("gluon_*.py"):
-        if path.stem in ("gluon_backend", "gluon_launch", "gluon_schedule", "gluon_ahead_of_time"):
+        if "gluon.jit" not in path.read_text():
             continue
         loops = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.For)]
         literals = [

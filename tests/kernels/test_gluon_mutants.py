@@ -14,7 +14,7 @@ from tests.kernels.cases import BASIC, Case, check_backend
 
 pytest.importorskip("triton", reason="descriptors of the launches are triton's")
 
-from tests.kernels.gluon_emulator import SMALL, Emulated  # noqa: E402
+from tests.kernels.gluon_emulator import FREE, SMALL, Emulated  # noqa: E402
 from tests.kernels.gluon_machine import KernelError  # noqa: E402
 
 
@@ -70,8 +70,8 @@ FORWARD_MUTANTS = {
     "v is never released": (
         "        accs = await_parts(accs, 0, D_V2 > 0)\n"
         "        mbarrier.arrive(v_empty.index(before), count=1)\n"
-        "        if TMA_OUT",
-        "        accs = await_parts(accs, 0, D_V2 > 0)\n        if TMA_OUT",
+        "        if PIECES",
+        "        accs = await_parts(accs, 0, D_V2 > 0)\n        if PIECES",
         "deadlock",
     ),
     "too few bytes": (
@@ -80,12 +80,12 @@ FORWARD_MUTANTS = {
         "before they were announced",
     ),
     "no fence before the store": (
-        "            fence_async_shared()\n            async_store",
-        "            async_store",
+        "    fence_async_shared()\n    async_store",
+        "    async_store",
         "no fence",
     ),
     "o is overwritten while it is stored": (
-        "            tma.store_wait(0)  # the last item's store has read the buffer\n",
+        "    tma.store_wait(0)  # the last item's store has read the buffer\n",
         "",
         "race",
     ),
@@ -95,13 +95,13 @@ FORWARD_MUTANTS = {
         "still read shared memory",
     ),
     "the last product is not awaited": (
-        "accs = await_parts(accs, 0, D_V2 > 0)\n        mbarrier.arrive(v_empty.index(before), count=1)\n        if TMA",
-        "mbarrier.arrive(v_empty.index(before), count=1)\n        if TMA",
+        "accs = await_parts(accs, 0, D_V2 > 0)\n        mbarrier.arrive(v_empty.index(before), count=1)\n        if PIECES",
+        "mbarrier.arrive(v_empty.index(before), count=1)\n        if PIECES",
         "before it was awaited",
     ),
     "rows past the end are stored": (
-        "        keep = exists\n",
-        "        keep = rows >= 0\n",
+        "exists = rows < limit",
+        "exists = rows >= 0",
         "outside of a tensor",
     ),
     "consumers own the same rows": (
@@ -225,6 +225,66 @@ def test_the_emulator_catches_in_dq(name: str) -> None:
     old, new, message = QUERY_MUTANTS[name]
     backend = Emulated(rows={QUERIES: {"stages": 2}}, replace={"gluon_query_backward": swap(old, new)})
     with pytest.raises(KernelError, match=message):
+        check_backend(backend, mutant_case(True))
+
+
+PIECE_MUTANTS = {
+    "a piece is also written to its row": (
+        "gluon_forward",
+        "limit = gl.where(place < 0, n_q, row0)",
+        "limit = n_q",
+        "two warpgroups write",
+    ),
+    "a piece is staged as if it were whole": (
+        "gluon_forward",
+        "                if place < 0:\n                    _stage",
+        "                if place < 1 << 30:\n                    _stage",
+        "two warpgroups write",
+    ),
+    "consumers share the rows of a piece": (
+        "gluon_forward",
+        "o_at = at + CID * 64 * (D_V + D_V2)",
+        "o_at = at",
+        "two warpgroups write",
+    ),
+    "pieces of dk and dv overlap": (
+        "gluon_backward",
+        "at + (D + D2) + HALF * D_V",
+        "at + HALF * D_V",
+        "relative L2",
+    ),
+    "a piece of dq is added to its row": (
+        "gluon_query_backward",
+        "keep = rows < gl.where(place < 0, n_q, row0)",
+        "keep = rows < n_q",
+        "after another warpgroup wrote|two warpgroups",
+    ),
+    "pieces past the end are joined": (
+        "gluon_merge",
+        "exists = rows < (last - piece) * 16",
+        "exists = rows >= 0",
+        "relative L2|outside of a tensor",
+    ),
+    "pieces past the end are added": (
+        "gluon_merge",
+        "rows < left - 48, columns",
+        "rows < left + 48, columns",
+        "relative L2|outside of a tensor",
+    ),
+    "every fifth piece is forgotten": (
+        "gluon_merge",
+        "acc = acc * gl.expand_dims(decay, 1) + o0",
+        "acc = o0",
+        "relative L2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PIECE_MUTANTS)
+def test_the_emulator_catches_in_split_calls(name: str) -> None:
+    module, old, new, message = PIECE_MUTANTS[name]
+    backend = Emulated(rows=SMALL, processors=100, costs=FREE, replace={module: swap(old, new)})
+    with pytest.raises(AssertionError, match=message):
         check_backend(backend, mutant_case(True))
 
 

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from distattn.kernels.bands import INF, Band, Bands
-from distattn.kernels.gluon_schedule import CACHE_BYTES, OVERHEAD, Schedule, heads_per_section, schedule
+from distattn.kernels.gluon_division import OVERHEAD
+from distattn.kernels.gluon_schedule import CACHE_BYTES, Schedule, heads_per_section, schedule
 from distattn.kernels.tiles import LEFT, TileTable, tile_table
 from tests.kernels.cases import DOCUMENTS, GAPS
 
 
 def items(made: Schedule) -> list[np.ndarray]:
     """The items of each program, in order."""
-    slots = made.slots.reshape(-1, made.programs, 4)
+    slots = made.slots.reshape(-1, made.programs, 5)
     return [slots[: made.counts[p], p] for p in range(made.programs)]
 
 
@@ -22,21 +23,23 @@ def tiles_of(table: TileTable, item: np.ndarray) -> int:
     return int(table.entries[item[2] : item[3], LEFT:].sum())
 
 
-@pytest.mark.parametrize("programs", [None, 1, 3, 7, 10_000])
+@pytest.mark.parametrize("stay", [False, True])
+@pytest.mark.parametrize("programs", [1, 3, 7, 10_000])
 @pytest.mark.parametrize("bands", [DOCUMENTS, GAPS, Bands([Band(0, 133, 0, 133, -INF, 0)])], ids=["documents", "gaps", "causal"])
-def test_every_tile_of_every_head_once(bands: Bands, programs: int | None) -> None:
+def test_every_tile_of_every_head_once(bands: Bands, programs: int, stay: bool) -> None:
     table = tile_table(bands, 133, 133, 16, 16, "q")
-    made = schedule(table, 16, 6, 2, programs)
-    assert made.programs == (table.n_work * 6 if programs in (None, 10_000) else programs) and (made.counts >= 1).all()
+    made = schedule(table, 16, 16, 6, 2, programs, stay)
+    assert made.programs == (programs if stay and programs < 10 else table.n_work * 6) and (made.counts >= 1).all()
+    assert made.pieces == 0 and made.entries is table.entries
     found = sorted(map(tuple, np.concatenate(items(made)).tolist()))
     tiles = table.tiles[: table.n_work] * 16
-    wanted = [(h, t, a, b) for h in range(6) for t, a, b in zip(tiles, table.ptr[:-1], table.ptr[1:], strict=False)]
+    wanted = [(h, t, a, b, -1) for h in range(6) for t, a, b in zip(tiles, table.ptr[:-1], table.ptr[1:], strict=False)]
     assert found == sorted(wanted)
 
 
 def test_sections_one_after_the_other_and_long_tiles_first() -> None:
     table = tile_table(Bands([Band(0, 400, 0, 400, -INF, 0)]), 400, 400, 16, 16, "q")
-    made = schedule(table, 16, 4, 2, None)
+    made = schedule(table, 16, 16, 4, 2, 132, stay=False)
     assert [sorted(set(part)) for part in np.split(made.slots[:, 0], 2)] == [[0, 1], [2, 3]]
     for part in np.split(made.slots, 2):
         length = [tiles_of(table, item) for item in part]
@@ -45,7 +48,7 @@ def test_sections_one_after_the_other_and_long_tiles_first() -> None:
 
 def test_nobody_is_much_busier_than_the_mean() -> None:
     table = tile_table(Bands([Band(0, 8192, 0, 8192, -INF, 0)]), 8192, 8192, 128, 128, "q")
-    made = schedule(table, 128, 16, 2, 132)
+    made = schedule(table, 128, 128, 16, 2, 132)
     loads = [sum(tiles_of(table, item) + OVERHEAD for item in mine) for mine in items(made)]
     assert max(loads) < 1.01 * np.mean(loads)
 
@@ -58,7 +61,8 @@ def test_sections_fit_the_cache() -> None:
 
 
 def test_uploaded_once() -> None:
-    made = schedule(tile_table(DOCUMENTS, 133, 133, 16, 16, "q"), 16, 2, 1, 3)
+    made = schedule(tile_table(DOCUMENTS, 133, 133, 16, 16, "q"), 16, 16, 2, 1, 3)
     first, second = made.on(torch.device("cpu")), made.on(torch.device("cpu"))
     assert all(mine is theirs for mine, theirs in zip(first, second, strict=True))
-    assert first[0].tolist() == made.slots.reshape(-1).tolist() and first[1].tolist() == made.counts.tolist()
+    assert first.slots.tolist() == made.slots.reshape(-1).tolist() and first.counts.tolist() == made.counts.tolist()
+    assert first.entries is made.table.on(torch.device("cpu")).entries, "shared with every other division of the table"

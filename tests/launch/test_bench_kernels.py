@@ -21,7 +21,7 @@ QUICK = ["--device", "cpu", "--quick", "--rounds", "1", "--seconds", "0.001"]
 
 def test_it_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [tmp_path / name for name in ("all.json", "all.png", "table.json")]
-    only = ["--only", "gqa", "state", "documents", "short", "ranks", "--world", "3", "--tokens", "300"]
+    only = ["--only", "gqa", "state", "documents", "short", "few", "ranks", "--world", "3", "--tokens", "300"]
     assert (
         bench_kernels.main([*QUICK, *only, "--json", str(files[0]), "--plot", str(files[1]), "--write-table", str(files[2])]) == 0
     )
@@ -34,6 +34,9 @@ def test_it_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     found = json.loads(files[0].read_text())
     who = {(row["group"], row["direction"], row["who"]) for row in found["rates"]}
     assert {("gqa", "backward", "SDPA (library)"), ("state", "forward", "aten"), ("documents", "backward", "aten")} <= who
+    assert {("few", "forward", "aten"), ("few", "backward", "aten")} <= who
+    assert {(row["rows"], row["tokens"]) for row in found["rates"] if row["group"] == "few"} == {(128, 256), (256, 128)}
+    assert {row["occupancy"] for row in found["rates"]} == {""}, "counted for the Hopper kernels alone"
     assert all(row["tflops_sustained"] > 0 for row in found["rates"])
     assert {(row["schedule"], row["direction"]) for row in found["ranks"]} == {
         (schedule, direction) for schedule in ("zigzag", "striped", "ring") for direction in ("forward", "backward")
@@ -105,6 +108,32 @@ def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert bench_kernels.main(["--device", "cuda"]) == 2
 
 
+def test_cut_and_whole_beside_each_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Where the Hopper kernels cut items they are measured with nothing cut too, and the counted occupancy stands beside."""
+
+    class StandIn(Aten):
+        def __init__(self, split: bool = True):
+            self.split = split
+
+    made: list[bool] = []
+
+    def whole(split: bool) -> StandIn:
+        made.append(split)
+        return StandIn(split)
+
+    monkeypatch.setattr("distattn.launch.bench_kernels_run.load", lambda name: StandIn())
+    monkeypatch.setattr("distattn.launch.bench_kernels_run.GluonBackend", whole)
+    monkeypatch.setattr("distattn.launch.kernel_occupancy.occupancies", lambda case, processors: {"forward": (0.25, 0.875)})
+    path = tmp_path / "few.json"
+    only = ["--only", "few", "--direction", "forward", "--backend", "gluon", "--json", str(path)]
+    assert bench_kernels.main([*QUICK, *only]) == 0
+    rows = {row["who"]: row["occupancy"] for row in json.loads(path.read_text())["rates"]}
+    assert rows["gluon"] == "0.875" and rows["gluon, nothing cut"] == "0.250" and made == [False, False]
+    assert "right: gluon, gluon, nothing cut, SDPA (library)" in capsys.readouterr().err
+
+
 def test_rows_can_be_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ROWS, "forward", dict(ROWS["forward"]))
     bench_kernels.change_rows(["forward.maximum_first=true", "forward.stages=3"])
@@ -123,6 +152,11 @@ def test_cases() -> None:
     short, long = (Case("x", mask, 65536, 16, 16, 128, 128) for mask in ("short", "long"))
     assert 0.95 < short.bands.area / long.bands.area < 1.05, "the same keys a row, so that only the length of a shard differs"
     assert all(case.bands.overlap() is None for case in all_cases(small=True))
+    few = [case for case in cases if case.group == "few"]
+    assert {(case.queries, case.tokens) for case in few} == {(1024, 131072), (131072, 1024)} and few[0].name.startswith(
+        "forward full 1k x 128k"
+    )
+    assert few[0].flops == 4 * 128 * 1024 * 131072
 
 
 def test_the_order_is_by_mean_rates_of_who_ran_everywhere() -> None:
