@@ -145,7 +145,6 @@ def _attend(
 
 
 @gluon.jit
-@gluon.jit
 def _load_tile(O_IN, in_token, exists, WIDTH: gl.constexpr, STATE: gl.constexpr, layout: gl.constexpr):
     """Part of a tile of the incoming o: not awaited before it is used."""
     if STATE:
