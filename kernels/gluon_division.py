@@ -48,10 +48,9 @@ def costs_of(tile_flops: int, piece_bytes: int) -> Costs:
     return Costs(write, LAUNCH / tile_seconds, math.ceil(2 * (OVERHEAD + write)))
 
 
-def in_turn(prices: np.ndarray, programs: int, loads: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def in_turn(prices: np.ndarray, programs: int) -> tuple[np.ndarray, np.ndarray]:
     """(who, when done) of items that go, in order, to whoever is free first: a heap, and what the hardware does with programs."""
-    free = [(0.0, p) for p in range(programs)] if loads is None else [(load, p) for p, load in enumerate(loads.tolist())]
-    heapq.heapify(free)
+    free = [(0.0, p) for p in range(programs)]
     owner, done = np.empty(len(prices), np.int64), np.empty(len(prices))
     for item, price in enumerate(prices.tolist()):
         load, p = free[0]

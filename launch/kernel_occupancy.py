@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distattn.launch.bench_kernels_cases import Case
@@ -38,7 +38,7 @@ def occupancies(case: Case, processors: int) -> dict[str, tuple[float, float]]:
 
     found = {}
     for kind in (FORWARD,) if case.direction == "forward" else (KEYS, QUERIES):
-        row = ROWS[kind].get((case.d, case.d_v))
+        row: Any = ROWS[kind].get((case.d, case.d_v))
         if row is None:
             continue
         costs = costs_of_cutting(kind, row, case.shape)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", minversion="3.6", reason="Gluon is part of triton 3.6 and newer")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -18,9 +19,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from distattn.kernels import gluon_ahead_of_time  # noqa: E402
 from distattn.kernels.ahead_of_time import assembler  # noqa: E402
 from distattn.kernels.gluon_ahead_of_time import CALLS, KINDS, Case, Compiled, all_cases, compile_case, record  # noqa: E402
-from distattn.kernels.gluon_launch import FORWARD, FUSED, KEYS, QUERIES, ROWS, SCRATCH  # noqa: E402
+from distattn.kernels.gluon_launch import ADD, FORWARD, FUSED, KEYS, MERGE, QUERIES, ROWS, SCRATCH  # noqa: E402
 
-# 10 compilations; everything else is in the long tier.
+# 13 compilations; everything else is in the long tier.
 SHORT = [
     Case(FORWARD, 128, 128),
     Case(FORWARD, 128, 128, "state", softcap=True),
@@ -32,11 +33,15 @@ SHORT = [
     Case(FUSED, 64, 64),
     Case(FUSED, 128, 128),
     Case(KEYS, 256, 256),
+    Case(FORWARD, 128, 128, "state", pieces=True),
+    Case(KEYS, 128, 128, pieces=True),
+    Case(QUERIES, 128, 128, pieces=True),
 ]
+JOINING = [Case(MERGE, 96, 96, "state"), Case(ADD, 192, 128)]
 
 
 def name(case: Case) -> str:
-    return f"{case.kind}-{case.d}-{case.d_v}-{case.call}{'-softcap' * case.softcap}"
+    return f"{case.kind}-{case.d}-{case.d_v}-{case.call}{'-softcap' * case.softcap}{'-pieces' * case.pieces}"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -54,9 +59,15 @@ def test_a_variant_is_fit_to_ship(case: Case) -> None:
     assert made.warps == 12 and made.registers == 168 and made.setmaxnreg >= 3
 
 
+@pytest.mark.parametrize("case", JOINING, ids=name)
+def test_what_joins_pieces_is_fit_to_ship(case: Case) -> None:
+    made = compile_case(case)
+    assert made.violations == [] and made.wgmma == 0 and made.warps == 4 and made.registers <= 128
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("case", [case for case in all_cases() if case not in SHORT], ids=name)
+@pytest.mark.parametrize("case", [case for case in all_cases() if case not in SHORT + JOINING], ids=name)
 def test_every_variant_is_fit_to_ship(case: Case) -> None:
     assert compile_case(case).violations == []
 
@@ -119,6 +130,12 @@ def test_what_is_compiled_is_what_is_launched() -> None:
     assert record(Case(KEYS, 128, 128, softcap=True)).named["BLOCK_Q"] < record(Case(KEYS, 128, 128)).named["BLOCK_Q"]
     assert record(Case(KEYS, 256, 256)).named["KEY_TILES"] == 1
     assert record(Case(SCRATCH, 128, 128)).named["D"] == 128
+    for kind in (FORWARD, KEYS, QUERIES):
+        assert record(Case(kind, 128, 128, pieces=True)).named["PIECES"] and not record(Case(kind, 128, 128)).named["PIECES"]
+    resumed, final = (record(Case(MERGE, 192, 128, call)) for call in ("state", "last"))
+    assert resumed.named["STATE"] and not resumed.named["ALL_ROWS"] and final.named["ALL_ROWS"]
+    assert resumed.arguments[0].dtype == torch.float32 and final.arguments[0].dtype == torch.bfloat16
+    assert [record(Case(ADD, 192, 128, call)).named["D_Y"] for call in ("out", "last")] == [128, 0]
 
 
 def test_registers_fit_into_a_multiprocessor() -> None:
@@ -148,4 +165,5 @@ def test_every_violation_has_a_line() -> None:
         "4 warps: the partitions were lost",
         "no setmaxnreg",
     ]
-    assert replace(good, case=Case(SCRATCH, 128, 128), wgmma=0, setmaxnreg=0, warps=4).violations == []
+    for kind in (SCRATCH, MERGE, ADD):
+        assert replace(good, case=Case(kind, 128, 128), wgmma=0, setmaxnreg=0, warps=4).violations == []

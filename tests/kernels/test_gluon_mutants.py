@@ -237,8 +237,8 @@ PIECE_MUTANTS = {
     ),
     "a piece is staged as if it were whole": (
         "gluon_forward",
-        "                if place < 0:\n                    _stage",
-        "                if place < 1 << 30:\n                    _stage",
+        "            elif TMA_OUT:\n",
+        "            if TMA_OUT:\n",
         "two warpgroups write",
     ),
     "consumers share the rows of a piece": (

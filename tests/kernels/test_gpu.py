@@ -18,6 +18,7 @@ from torch import Tensor
 from distattn.kernels import choose, load
 from distattn.kernels.bands import INF, Band, Bands
 from distattn.kernels.contract import Backend, Scores, State
+from distattn.kernels.gluon_backend import GluonBackend
 from distattn.kernels.gluon_launch import FORWARD, FUSED, ROWS
 from tests.kernels.cases import BASIC, CASES, Case, check_backend, check_repeats, make, oracle, visible_pairs
 
@@ -94,6 +95,41 @@ def test_every_head_size(size: tuple[int, int], softcap: float) -> None:
         check_backend(backend("gluon", each), each)
         if size in ROWS[FUSED] and not softcap:
             check_backend(backend("gluon_fused", each), each)
+
+
+# Few heads and more keys than rows: fewer items than an H100 has multiprocessors, so that items are cut and joined.
+SPLIT = Case("split", N, 6000, Bands([Band(0, N, 0, 6000, -INF, 5500)]), (4, 2), dtype=BF16)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.parametrize("size", ROWS[FORWARD], ids=str)
+def test_split_calls_of_every_head_size(size: tuple[int, int], softcap: float) -> None:
+    """All four calls of the forward; keys cut along queries in the last, which has many of these."""
+    case = replace(SPLIT, d=size[0], d_v=size[1], softcap=softcap)
+    turned = replace(case, n_q=6000, n_k=N, bands=Bands([Band(0, 6000, 0, N, -5500, INF)]))
+    for each in (replace(case, calls=2, sinks=True), replace(case, calls=2, out_dtype=BF16), replace(case, dtype=F16), turned):
+        check_backend(backend("gluon", each), each)
+
+
+def test_split_calls_are_split_and_differ_from_whole_ones_by_rounding_alone() -> None:
+    q, k, v = (torch.randn(n, 2, 128, device="cuda", dtype=BF16) for n in (N, 6000, 6000))
+    cut, whole = GluonBackend(), GluonBackend(split=False)
+    reason = cut.reject(q, k, v, Scores(0.1))
+    if reason is not None:
+        pytest.skip(reason)
+    row = ROWS[FORWARD][128, 128]
+    bands = Bands([Band(0, N, 0, 6000)])
+    work, as_before = (each._plan(FORWARD, row, q, k, v, bands).work for each in (cut, whole))
+    assert work is not None and work.pieces > 20 and as_before is not None and as_before.pieces == 0
+    a, b = (each.forward(q, k, v, bands, Scores(0.1)) for each in (cut, whole))
+    assert float((a.o - b.o).norm() / b.o.norm()) < 2e-3 and float((a.lse - b.lse).abs().max()) < 1e-4
+
+
+def test_split_calls_give_the_same_bits_in_a_hundred_runs() -> None:
+    case = replace(SPLIT, d=128, d_v=128)
+    found = backend("gluon", case)
+    for _ in range(50):
+        check_repeats(found, case)
 
 
 LIBRARY_CASES = [
