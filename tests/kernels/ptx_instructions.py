@@ -34,6 +34,8 @@ ALU: dict[str, tuple[str, str]] = {
     "rem.s32": ("III", "remainder({1}, {2}, {0}, m)"),
     "min.s32": ("III", "np.minimum({1}, {2}, {0})"),
     "max.s32": ("III", "np.maximum({1}, {2}, {0})"),
+    "min.u32": ("UUU", "np.minimum({1}, {2}, {0})"),
+    "max.u32": ("UUU", "np.maximum({1}, {2}, {0})"),
     "neg.s32": ("II", "np.negative({1}, {0})"),
     "not.b32": ("UU", "np.invert({1}, {0})"),
     "and.b32": ("UUU", "np.bitwise_and({1}, {2}, {0})"),

@@ -119,7 +119,7 @@ def run(launched: Launched, grid: tuple[int, ...], seed: int = 0, change: Change
     """Executes every program of a launch, in a drawn order; tensors are changed in place.
 
     Args:
-        grid: programs; one dimension.
+        grid: programs, in one or two dimensions.
         change: of the PTX text before it is read.
     Raises:
         KernelError: where the chip would answer with a wrong number, a fault or silence.
@@ -129,11 +129,12 @@ def run(launched: Launched, grid: tuple[int, ...], seed: int = 0, change: Change
     program = translated(change(built.ptx) if change else built.ptx)
     memory, counts = GlobalMemory(), Counts()
     parameters, maps = bound(launched, built, program, memory)
-    (n,) = grid
+    width, height = (*grid, 1)[:2]
+    n = width * height
     draw = random.Random(seed)
     for p in draw.sample(range(n), n):
-        machine = Machine(program, built.shared, memory, parameters, maps, (p, n), draw.randrange(1 << 30), counts)
-        machine.run()
+        place, size = (p % width, p // width), (width, height)
+        Machine(program, built.shared, memory, parameters, maps, place, size, draw.randrange(1 << 30), counts).run()
     classes: Counter[str] = Counter()
     for step, times in counts.steps.items():
         for name, count in program.steps[step].classes.items():

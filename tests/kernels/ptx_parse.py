@@ -15,7 +15,7 @@ WIDTHS = {"pred": "p", "b16": "h", "b32": "r", "b64": "d"}  # of a register decl
 PREFIXES = {"%p": "p", "%rs": "h", "%r": "r", "%rd": "d"}
 BITS = {"p": 1, "h": 16, "r": 32, "d": 64}
 PARAMETER_BYTES = {"u32": 4, "f32": 4, "u64": 8}
-SPECIAL = ("%tid.x", "%ctaid.x", "%nctaid.x")
+SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%nctaid.x", "%nctaid.y")
 
 
 class PtxError(ValueError):
@@ -90,7 +90,7 @@ class Parameter:
 
 @dataclass
 class Entry:
-    """One kernel. ``labels`` gives the instruction that follows."""
+    """One kernel. ``labels`` gives the instruction that follows, ``tables`` the labels of a brx.idx."""
 
     name: str
     parameters: list[Parameter]
@@ -98,6 +98,7 @@ class Entry:
     registers_a_thread: int
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+    tables: dict[str, list[str]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BITS, 0))
 
 
@@ -151,6 +152,9 @@ class _Body:
                 self._label(word[:-1])
             elif word.startswith(".reg"):
                 self._declare(word)
+            elif word.startswith(".branchtargets"):
+                name = list(self.entry.labels)[-1]
+                self.entry.tables[name] = [label.strip() for label in word.rstrip(";").removeprefix(".branchtargets").split(",")]
             elif word:
                 self.entry.instructions.append(self._instruction(word.rstrip(";"), number))
         raise PtxError(f"the body of {self.entry.name} does not end")

@@ -68,7 +68,7 @@ def key(register: Register) -> int:
 
 @dataclass
 class Step:
-    """``kind``: straight, branch, special, product or ret. ``reads`` and ``writes`` are keys of registers."""
+    """``kind``: straight, branch, table, special, product or ret. ``reads`` and ``writes`` are keys of registers."""
 
     kind: str
     first: int  # instruction
@@ -76,7 +76,7 @@ class Step:
     reads: frozenset[int] = frozenset()
     writes: frozenset[int] = frozenset()
     computed: frozenset[int] = frozenset()  # of ``writes``, what is more than a copy of another register
-    target: int = -1
+    targets: tuple[int, ...] = ()
     run: Callable[..., None] | None = None
     method: str = ""
     classes: Counter[str] = field(default_factory=Counter)
@@ -134,7 +134,7 @@ def classify(opcode: str) -> str:
         ("wgmma.mma", "wgmma"), ("ld.global", "global load"), ("st.global", "global store"), ("red.", "global add"),
         ("ld.shared", "shared load"), ("st.shared", "shared store"), ("stmatrix", "shared store"), ("ex2", "ex2"), ("div.full", "ex2"),
         ("shfl", "shuffle"), ("mbarrier", "barrier"), ("bar", "barrier"), ("fence", "barrier"), ("wgmma", "barrier"),
-        ("cp.async", "copy"), ("elect", "barrier"), ("setmaxnreg", "barrier"), ("bra", "branch"), ("ret", "branch"),
+        ("cp.async", "copy"), ("elect", "barrier"), ("setmaxnreg", "barrier"), ("br", "branch"), ("ret", "branch"),
         ("selp", "select"), ("setp", "compare"), ("mov", "move"), ("cvt", "convert"),
     ):  # fmt: skip
         if opcode.startswith(prefix):
@@ -144,8 +144,7 @@ def classify(opcode: str) -> str:
 
 def translate(entry: Entry) -> Translated:
     """The steps of an entry; PtxError for an opcode, form or order that is not known."""
-    targets = {label: at for label, at in entry.labels.items() if label in _branched(entry)}
-    leaders = set(targets.values())
+    leaders = {entry.labels[label] for label in _branched(entry)}
     steps: list[Step] = []
     begins: dict[int, int] = {}
     for n, instruction in enumerate(entry.instructions):
@@ -159,26 +158,31 @@ def translate(entry: Entry) -> Translated:
         steps[-1].kind = kind
         steps[-1].instructions.append(instruction)
     for step in steps:
-        _complete(step, targets, begins)
+        _complete(entry, step, begins)
     _generate(entry, steps)
     _check_written(entry, steps)
     return Translated(entry, steps)
 
 
+def _targets(entry: Entry, instruction: Instruction) -> list[str]:
+    """The labels that a branch names."""
+    target = instruction.operands[-1]
+    if isinstance(target, Symbol):
+        names = entry.tables.get(target.name, []) if instruction.opcode == "brx.idx" else [target.name]
+        if names and all(name in entry.labels for name in names):
+            return names
+    raise PtxError(f"{instruction} to {target}")
+
+
 def _branched(entry: Entry) -> set[str]:
-    found = set()
-    for instruction in entry.instructions:
-        if instruction.opcode in ("bra", "bra.uni"):
-            (target,) = instruction.operands
-            if not isinstance(target, Symbol) or target.name not in entry.labels:
-                raise PtxError(f"{instruction} to {target}")
-            found.add(target.name)
-    return found
+    return {name for x in entry.instructions if _kind(x) in ("branch", "table") for name in _targets(entry, x)}
 
 
 def _kind(instruction: Instruction) -> str:
     if instruction.opcode in ("bra", "bra.uni"):
         return "branch"
+    if instruction.opcode == "brx.idx" and instruction.guard is None:
+        return "table"
     if instruction.opcode == "ret":
         return "ret"
     if instruction.opcode in SPECIAL:
@@ -186,7 +190,7 @@ def _kind(instruction: Instruction) -> str:
     return "product" if PRODUCT.fullmatch(instruction.opcode) else "straight"
 
 
-def _complete(step: Step, targets: dict[str, int], begins: dict[int, int]) -> None:
+def _complete(entry: Entry, step: Step, begins: dict[int, int]) -> None:
     reads: set[int] = set()
     writes: set[int] = set()
     computed: set[int] = set()
@@ -198,10 +202,8 @@ def _complete(step: Step, targets: dict[str, int], begins: dict[int, int]) -> No
             computed |= written
         step.classes[classify(instruction.opcode)] += 1
     step.reads, step.writes, step.computed = frozenset(reads), frozenset(writes), frozenset(computed)
-    if step.kind == "branch":
-        target = step.instruction.operands[0]
-        assert isinstance(target, Symbol)
-        step.target = begins[targets[target.name]]
+    if step.kind in ("branch", "table"):
+        step.targets = tuple(begins[entry.labels[name]] for name in _targets(entry, step.instruction))
     elif step.kind == "special":
         step.method = SPECIAL[step.instruction.opcode]
     elif step.kind == "product":
@@ -253,6 +255,8 @@ class Code(Lines):
             self._parameter(x)
         elif opcode in _LOADS:
             space, letter, width = _LOADS[opcode]
+            if width == 1 and isinstance(operands[0], Register) and operands[0].file == "r":
+                letter = "U"
             rows = self._rows(operands[0], letter)
             self.lines.append(f"M.{space}_load(v, {self._active(x)}, {self._address(operands[1])}, [{rows}], {width}, {x.line})")
         elif opcode in _STORES:
@@ -348,6 +352,8 @@ def successors(steps: list[Step], n: int) -> list[int]:
     step = steps[n]
     if step.kind == "ret" and step.instruction.guard is None:
         return []
+    if step.kind == "table":
+        return list(step.targets)
     if step.kind == "branch":
-        return [step.target] if step.instruction.guard is None else [step.target, n + 1]
+        return [*step.targets] if step.instruction.guard is None else [*step.targets, n + 1]
     return [n + 1]
