@@ -85,7 +85,9 @@ def translated(text: str) -> Translated:
     return translate(parse(text))
 
 
-def bound(launched: Launched, built: Built, program: Translated, memory: GlobalMemory) -> tuple[dict[str, int], dict[int, TensorMap]]:
+def bound(
+    launched: Launched, built: Built, program: Translated, memory: GlobalMemory
+) -> tuple[dict[str, int], dict[int, TensorMap]]:
     """The parameters as triton's launcher passes them: (bits by name, tensor maps by address)."""
     source = _source(launched)
     given: list[tuple[str, Any]] = []

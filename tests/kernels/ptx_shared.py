@@ -189,9 +189,7 @@ class SharedMemory:
             self.reading.append(agent)
         self.readers[agent, where] = time
 
-    def write(
-        self, where: Where, clocks: Clocks, agent: int, time: int, engine: bool, what: str, again: bool = False
-    ) -> None:
+    def write(self, where: Where, clocks: Clocks, agent: int, time: int, engine: bool, what: str, again: bool = False) -> None:
         """``again``: the same bytes as before, by a thread; may race with the thread that wrote them."""
         if self.is_barrier[where].any():
             raise KernelError(f"{what}: the words of an mbarrier")

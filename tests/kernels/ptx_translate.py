@@ -248,7 +248,10 @@ class Code(Lines):
         elif opcode == "mov.b32" and isinstance(operands[0], Vector):
             low, high = (self.row(part, "H") for part in operands[0].parts)
             source = self.row(operands[1], "U")
-            self.lines += [f"np.copyto({low}, {source}, casting='unsafe')", f"np.copyto({high}, {source} >> 16, casting='unsafe')"]
+            self.lines += [
+                f"np.copyto({low}, {source}, casting='unsafe')",
+                f"np.copyto({high}, {source} >> 16, casting='unsafe')",
+            ]
         elif opcode in ALU:
             self.alu(x)
         elif opcode in ("ld.param.b32", "ld.param.b64"):
@@ -344,7 +347,9 @@ def _check_written(entry: Entry, steps: list[Step]) -> None:
             reads, writes = uses(instruction)
             missing = [k for k in reads if not known >> k & 1]
             if missing and known != everything:
-                raise PtxError(f"{instruction} reads {'phrd'[missing[0] % 4]}{missing[0] // 4}, which was not written on every path")
+                raise PtxError(
+                    f"{instruction} reads {'phrd'[missing[0] % 4]}{missing[0] // 4}, which was not written on every path"
+                )
             known |= sum(1 << k for k in writes)
 
 
