@@ -1,4 +1,4 @@
-"""Global memory for the emulated chip: the tensors of a launch in an address space of their own, and boxes of them by tensor maps.
+"""Global memory of the emulated chip: the tensors of a launch in an address space of their own, and boxes by tensor maps.
 
 Every storage is a region, far from the next; bytes of it that belong to no tensor of the launch must not be touched. Reading a
 NaN is an error: tests fill what nobody wrote with NaN. So are two threads that write one place, a plain access to what

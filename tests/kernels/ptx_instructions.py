@@ -92,7 +92,7 @@ def _comparisons() -> None:
     for name, function in _COMPARE.items():
         for kind, letter in _SETP_TYPES.items():
             line = f"np.{function}({{1}}, {{2}}, {{0}})"
-            if (name, kind) == ("ne", "f32"):  # ordered: false where one of them is no number
+            if name == "ne" and kind == "f32":  # ordered: false where one of them is no number
                 line = "np.not_equal({1}, {2}, {0})\nnp.logical_and({0}, {1} == {1}, {0})\nnp.logical_and({0}, {2} == {2}, {0})"
             ALU[f"setp.{name}.{kind}"] = (f"P{letter}{letter}", line)
 
@@ -134,7 +134,7 @@ def to_f16(x: np.ndarray) -> np.ndarray:
 
 
 def field(begin: int, length: int) -> np.uint32:
-    if not (0 <= begin and 0 < length and begin + length <= 32):
+    if not (begin >= 0 and length > 0 and begin + length <= 32):
         raise PtxError(f"bfe of {length} bits from {begin}")
     return np.uint32((1 << length) - 1)
 

@@ -65,7 +65,7 @@ class Address:
     coordinates: Vector | None = None
 
 
-Operand = Union[Register, Immediate, Symbol, Vector, Pair, Address]
+Operand = Union[Register, Immediate, Symbol, Vector, Pair, Address]  # noqa: UP007  the names are strings until here
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class _Body:
 
     def read(self, text: str, at: int) -> None:
         line = text.count("\n", 0, at) + 1
-        for at, statement in _statements(text, at):
+        for statement in _statements(text, at):
             number = line + statement.count("\n", 0, len(statement) - len(statement.lstrip()))
             line += statement.count("\n")
             word = statement.strip()
@@ -229,7 +229,7 @@ class _Body:
         return Address(self._operand(found[1]), int(found[2] or 0), coordinates)
 
 
-def _statements(text: str, at: int) -> Iterator[tuple[int, str]]:
+def _statements(text: str, at: int) -> Iterator[str]:
     """Statements from ``at`` on: ``...;``, ``label:``, and braces that stand where a statement begins."""
     pattern = re.compile(r"\s*(?:[{}]|[\w$]+:(?!:)|[^;]*;)", re.S)
     while at < len(text):
@@ -237,7 +237,7 @@ def _statements(text: str, at: int) -> Iterator[tuple[int, str]]:
         if found is None:
             return
         at = found.end()
-        yield at, found[0]
+        yield found[0]
 
 
 def _split(text: str) -> list[str]:

@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from tests.kernels.ptx_instructions import ALU, Lines
 from tests.kernels.ptx_parse import (
@@ -120,7 +119,7 @@ def uses(instruction: Instruction) -> tuple[set[int], set[int]]:
                 reads |= found
         elif n == 0 and PRODUCT.fullmatch(opcode):
             writes |= found
-            if operands[-5 if isinstance(operands[1], Vector) else -5] != Immediate(0):
+            if operands[3] != Immediate(0):
                 reads |= found
         else:
             reads |= found
@@ -132,7 +131,8 @@ def classify(opcode: str) -> str:
     head = opcode.split(".")[0]
     for prefix, name in (
         ("wgmma.mma", "wgmma"), ("ld.global", "global load"), ("st.global", "global store"), ("red.", "global add"),
-        ("ld.shared", "shared load"), ("st.shared", "shared store"), ("stmatrix", "shared store"), ("ex2", "ex2"), ("div.full", "ex2"),
+        ("ld.shared", "shared load"), ("st.shared", "shared store"), ("stmatrix", "shared store"),
+        ("ex2", "special"), ("div.full", "special"),
         ("shfl", "shuffle"), ("mbarrier", "barrier"), ("bar", "barrier"), ("fence", "barrier"), ("wgmma", "barrier"),
         ("cp.async", "copy"), ("elect", "barrier"), ("setmaxnreg", "barrier"), ("br", "branch"), ("ret", "branch"),
         ("selp", "select"), ("setp", "compare"), ("mov", "move"), ("cvt", "convert"),

@@ -49,6 +49,10 @@ def more(amount: int) -> Callable[[re.Match[str]], str]:
     return lambda match: str(int(match[0]) + amount)
 
 
+def plus(amount: int) -> Callable[[re.Match[str]], str]:
+    return lambda match: f"{match[0]}+{amount}"
+
+
 def swapped(match: re.Match[str]) -> str:
     return f"{{{match[2]}, {match[1]}}}"
 
@@ -97,7 +101,7 @@ LONG = {
     "one fence of wgmma is dropped": (swap(r"wgmma\.fence\.sync\.aligned;", "", 1), "since the last wgmma.fence"),
     "the mbarriers are not fenced": (swap(r"fence\.proxy\.async\.shared::cta;", "", 0), "without a fence.proxy.async"),
     "the swizzle of a descriptor": (swap(r"4611686293305294848", str(4611686293305294848 + (1 << 62))), "swizzle|atoms|wrong by"),
-    "the stride of a descriptor": (swap(r"4611686293305294848", more(64 << 32), None), "wrong by|race|nobody wrote|the kernel has"),
+    "the stride of a descriptor": (swap(r"4611686293305294848", more(64 << 32), None), "wrong by|race|nobody wrote|bytes"),
     "too few bytes are announced": (swap(r"(?<=\], )8192(?=;)", "4096"), "before they were announced"),
     "too many bytes are announced": (swap(r"(?<=\], )8192(?=;)", "8208"), "deadlock"),
     "an mbarrier for fewer arrivals": (swap(r"(?<=\], )2(?=;)", "1"), "expects 1 arrivals|deadlock"),
@@ -108,7 +112,7 @@ LONG = {
     "another lane of a sum": (swap(r"(?<=shfl\.sync\.bfly\.b32 \t%r\d\d\d\d, %r\d\d\d\d, )2", "4", None), "wrong by|two lanes"),
     "more registers than there are": (swap(r"(?<=setmaxnreg\.inc\.sync\.aligned\.u32 \t)240", "256"), "deadlock"),
     "a partition waits for too many": (swap(r"bar\.sync \t?3, 128;", "bar.sync 3, 256;", None), "deadlock"),
-    "the box lands elsewhere": (swap(r"cta\.global\.mbarrier::complete_tx::bytes \[%r\d+", lambda m: m[0] + "+512", 2), "swizzle of"),
+    "the box lands elsewhere": (swap(r"(?<=global\.mbarrier::complete_tx::bytes \[)%r\d+", plus(512), 2), "swizzle of"),
     "an accumulator is written in flight": (
         swap(r"(wgmma\.mma_async\S+ \{(%r\d+),[^;]*;)", lambda m: f"{m[0]} add.f32 {m[2]}, {m[2]}, {m[2]};", 0), IN_FLIGHT,
     ),
@@ -140,7 +144,7 @@ def test_without_a_change_nothing_is_caught() -> None:
 BACKWARD = {
     "ds is shared without a fence": (FUSED, swap(r"fence\.proxy\.async\.shared::cta;", "", 2), "no fence.proxy.async"),
     "ds is shared without a barrier": (
-        FUSED, swap(r"(?s)(fence\.proxy\.async\.shared::cta;.*?)bar\.sync \t?\d, 128;", lambda m: m[1], 2), "race|nobody wrote|no fence",
+        FUSED, swap(r"(?s)(fence\.proxy\.async\.shared::cta;.*?)bar\.sync \t?\d, 128;", lambda m: m[1], 2), "race|nobody wrote",
     ),
     "ds is not transposed": (FUSED, swap(r"1, 1, 1, 1;", "1, 1, 0, 1;", 0), "wrong by|swizzle width|leading"),
     "dq is added elsewhere": (FUSED, swap(r"(?<= \+ )2048(?=\], \{)", "2064", 0), "wrong by"),
@@ -150,8 +154,8 @@ BACKWARD = {
         KEYS, swap(r"bar\.sync \t?0, 128;", "", None), "race",
     ),
     "dout is not waited for": (KEYS, swap(TRY_WAIT, "mov.pred complete, -1;", 2), "race|nobody wrote"),
-    "dk lands on other rows": (KEYS, swap(r"(?<=st\.global\.v2\.b32 \[ %rd\d\d\d \+ )0", "8", 0), "wrong by|outside|another thread"),
-    "the scratch is read elsewhere": (SCRATCH, swap(r"add\.s64 \t%rd\d+, %rd\d+, 2048;", lambda m: m[0].replace("2048", "2056")), "wrong by|outside"),
+    "dk lands on other rows": (KEYS, swap(r"(?<=st\.global\.v2\.b32 \[ %rd\d\d\d \+ )0", "8", 0), "another thread|wrong by"),
+    "the scratch is read elsewhere": (SCRATCH, swap(r"(?<=add\.s64 \t%rd5, %rd1, )2048(?=;)", "2056"), "wrong by|outside"),
 }  # fmt: skip
 
 
