@@ -165,6 +165,8 @@ class TensorMap:
         """(region, byte offsets of the columns inside, offsets of the rows inside, which rows of the box they are)."""
         if len(corner) != len(self.shape) or len(corner) > 2:
             raise KernelError(f"{what} a box by {len(corner)} coordinates of {len(self.shape)} dimensions")
+        if corner[0] * self.item % 16:
+            raise KernelError(f"{what} a box whose first column is at {corner[0] * self.item} bytes, no multiple of 16")
         region = self.memory.region(self.address, what)
         columns = np.arange(corner[0] * self.item, (corner[0] + self.box[0]) * self.item)
         columns = np.where((columns >= 0) & (columns < self.shape[0] * self.item), columns, -1)

@@ -46,6 +46,14 @@ class Report:
     warps: int
     counts: Counts
 
+    def __str__(self) -> str:
+        parts = [f"{self.kind}: {sum(self.instructions.values()) / self.warps:.0f} instructions a warp"]
+        parts.append(f"{self.shared.units - self.shared.ideal} wavefronts of {self.shared.units} in shared memory are conflicts")
+        for name in ("loaded", "stored"):
+            t = getattr(self, name)
+            parts.append(f"{t.units} sectors {name} where {t.ideal} would do")
+        return ", ".join(parts)
+
     @property
     def shared(self) -> Traffic:
         return _total(self.counts.shared)
