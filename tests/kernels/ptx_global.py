@@ -131,6 +131,14 @@ class GlobalMemory:
             raise KernelError(f"line {line} adds float32 numbers to {region.name}")
         np.add.at(region.data.view(np.float32), places, values)
 
+    def count(self, address: int, amount: int, line: int) -> int:
+        """Adds to a counter in global memory and returns what it holds now."""
+        region, at = self._places(np.array([address]), 4, f"line {line} counts in")
+        region.added[at[0] // 2 : at[0] // 2 + 2] = True
+        counter = region.data[at[0] : at[0] + 4].view(np.uint32)
+        counter += np.uint32(amount)
+        return int(counter[0])
+
 
 @dataclass(frozen=True)
 class TensorMap:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -25,6 +25,7 @@ from tests.kernels.ptx_parse import PtxError, parse
 from tests.kernels.ptx_translate import PARAMETER_BASE, Translated, translate
 
 Change = Callable[[str], str]
+RESIDENT = 3  # programs that run in turns where they wait for each other
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,34 @@ def bound(
     return bits, maps
 
 
+def execute(
+    program: Translated, size: int, memory: GlobalMemory, parameters: dict[str, int], maps: dict[int, TensorMap],
+    grid: tuple[int, ...], seed: int,
+) -> Counts:  # fmt: skip
+    """Runs all programs of a grid on ``size`` bytes of shared memory each.
+
+    One after the other in a drawn order; where they wait for each other by counters in turns, and they start as numbered.
+    """
+    width, height = (*grid, 1)[:2]
+    counts, draw = Counts(), random.Random(seed)
+    meet = any(x.opcode.startswith("ld.acquire") for x in program.entry.instructions)
+    waiting = list(range(width * height)) if meet else draw.sample(range(width * height), width * height)
+    running: list[Iterator[None]] = []
+    with np.errstate(all="ignore"):
+        while waiting or running:
+            if waiting and len(running) < (RESIDENT if meet else 1):
+                p = waiting.pop(0)
+                place, dimensions = (p % width, p // width), (width, height)
+                machine = Machine(program, size, memory, parameters, maps, place, dimensions, draw.randrange(1 << 30), counts)
+                running.append(machine.turns())
+            one = draw.choice(running)
+            if next(one, one) is one:
+                running.remove(one)
+    return counts
+
+
 def run(launched: Launched, grid: tuple[int, ...], seed: int = 0, change: Change | None = None) -> Report:
-    """Executes every program of a launch, in a drawn order; tensors are changed in place.
+    """Executes every program of a launch; tensors are changed in place.
 
     Args:
         grid: programs, in one or two dimensions.
@@ -137,19 +164,14 @@ def run(launched: Launched, grid: tuple[int, ...], seed: int = 0, change: Change
     """
     built = build(launched)
     program = translated(change(built.ptx) if change else built.ptx)
-    memory, counts = GlobalMemory(), Counts()
+    memory = GlobalMemory()
     parameters, maps = bound(launched, built, program, memory)
-    width, height = (*grid, 1)[:2]
-    n = width * height
-    draw = random.Random(seed)
-    for p in draw.sample(range(n), n):
-        place, size = (p % width, p // width), (width, height)
-        Machine(program, built.shared, memory, parameters, maps, place, size, draw.randrange(1 << 30), counts).run()
+    counts = execute(program, built.shared, memory, parameters, maps, grid, seed)
     classes: Counter[str] = Counter()
     for step, times in counts.steps.items():
         for name, count in program.steps[step].classes.items():
             classes[name] += count * times
-    return Report(launched.kind, classes, n * program.entry.threads // 32, counts)
+    return Report(launched.kind, classes, int(np.prod(grid)) * program.entry.threads // 32, counts)
 
 
 class Compiled(Recorder):

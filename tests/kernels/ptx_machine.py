@@ -6,7 +6,7 @@ synchronise. In divergent code the lanes with the smallest program counter go fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -71,24 +71,23 @@ class Machine(Engines):
 
     # ---- turns
 
-    def run(self) -> None:
-        """Until all warps returned; KernelError where the chip would fail, hang or race."""
-        with np.errstate(all="ignore"):
-            for _ in range(STEPS_WITHOUT_END):
-                able = [w for w in self.warps if not w.done and self._ready(w)]
-                if not able and not self.events:
-                    if all(w.done for w in self.warps):
-                        break
-                    said = "; ".join(f"warp {w.index}: {w.waiting[0]}" for w in self.warps if w.waiting and not w.done)
-                    raise KernelError(f"deadlock: {said}")
-                pick = self.random.randrange(len(able) + len(self.events))
-                if pick >= len(able):
-                    self.events.pop(pick - len(able))()
-                else:
-                    self._turn(able[pick], able)
+    def turns(self) -> Iterator[None]:
+        """Runs until all warps returned, a turn at a time; KernelError where the chip would fail, hang or race."""
+        for _ in range(STEPS_WITHOUT_END):
+            able = [w for w in self.warps if not w.done and self._ready(w)]
+            if not able and not self.events:
+                if all(w.done for w in self.warps):
+                    self._check_end()
+                    return
+                said = "; ".join(f"warp {w.index}: {w.waiting[0]}" for w in self.warps if w.waiting and not w.done)
+                raise KernelError(f"deadlock: {said}")
+            pick = self.random.randrange(len(able) + len(self.events))
+            if pick >= len(able):
+                self.events.pop(pick - len(able))()
             else:
-                raise KernelError("the program does not end")
-        self._check_end()
+                self._turn(able[pick], able)
+            yield
+        raise KernelError("the program does not end")
 
     def _ready(self, warp: Warp) -> bool:
         return warp.waiting is None or bool(warp.waiting[1]())

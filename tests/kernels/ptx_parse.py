@@ -133,6 +133,7 @@ class _Body:
     def __init__(self, entry: Entry):
         self.entry = entry
         self.scopes: list[dict[str, Operand]] = [{}]
+        self.numbers = [0]  # of the scopes
         self.n_scopes = 0
 
     def read(self, text: str, at: int) -> None:
@@ -144,8 +145,10 @@ class _Body:
             if word == "{":
                 self.n_scopes += 1
                 self.scopes.append({})
+                self.numbers.append(self.n_scopes)
             elif word == "}":
                 self.scopes.pop()
+                self.numbers.pop()
                 if not self.scopes:
                     return
             elif word.endswith(":"):
@@ -160,12 +163,14 @@ class _Body:
         raise PtxError(f"the body of {self.entry.name} does not end")
 
     def _label(self, name: str) -> None:
-        if len(self.scopes) > 1:
-            self.scopes[-1][name] = Symbol(f"{name}@{self.n_scopes}")
-            name = f"{name}@{self.n_scopes}"
+        name = self._local(name)
         if name in self.entry.labels:
             raise PtxError(f"label {name} stands twice")
         self.entry.labels[name] = len(self.entry.instructions)
+
+    def _local(self, label: str) -> str:
+        """Labels of an inner scope are its own; those that begin with $ are the compiler's."""
+        return label if len(self.scopes) == 1 or label.startswith("$") else f"{label}@{self.numbers[-1]}"
 
     def _declare(self, word: str) -> None:
         found = re.fullmatch(r"\.reg \.(\w+)\s+(%?\w+)(?:<(\d+)>)?;", word)
@@ -191,6 +196,8 @@ class _Body:
                 raise PtxError(f"line {line}: guard {found[2]}")
             guard = register
         operands = tuple(self._operand(x) for x in _split(found[4]))
+        if found[3] in ("bra", "bra.uni") and len(operands) == 1 and isinstance(operands[0], Symbol):
+            operands = (Symbol(self._local(operands[0].name)),)
         return Instruction(found[3], operands, guard, found[1] == "!", line)
 
     def _operand(self, text: str) -> Operand:

@@ -53,11 +53,13 @@ _LOADS = {
     "ld.shared.b8": ("shared", "H", 1), "ld.shared.b32": ("shared", "U", 4), "ld.shared.s32": ("shared", "S", 4),
     "ld.shared.v2.b32": ("shared", "U", 4), "ld.shared.v4.b32": ("shared", "U", 4), "ld.global.b32": ("global", "U", 4),
     "ld.global.v2.b32": ("global", "U", 4), "ld.global.v4.b32": ("global", "U", 4),
+    "ld.acquire.gpu.global.u32": ("counter", "U", 4),
 }  # fmt: skip
 _STORES = {
     "st.shared.b32": "shared_store", "st.shared.v2.b32": "shared_store", "st.shared.v4.b32": "shared_store",
     "st.global.b32": "global_store", "st.global.v2.b32": "global_store", "st.global.v4.b32": "global_store",
-    "red.relaxed.gpu.global.add.v4.f32": "global_add", "stmatrix.sync.aligned.m8n8.x4.shared.b16": "shared_store_matrix",
+    "red.relaxed.gpu.global.add.v4.f32": "global_add", "red.relaxed.gpu.global.add.u32": "counter_add",
+    "stmatrix.sync.aligned.m8n8.x4.shared.b16": "shared_store_matrix",
 }  # fmt: skip
 
 
@@ -263,7 +265,7 @@ class Code(Lines):
             rows = self._rows(operands[0], letter)
             self.lines.append(f"M.{space}_load(v, {self._active(x)}, {self._address(operands[1])}, [{rows}], {width}, {x.line})")
         elif opcode in _STORES:
-            rows = self._rows(operands[1], "F" if opcode.startswith("red") else "U")
+            rows = self._rows(operands[1], "F" if opcode.endswith("f32") else "U")
             method = _STORES[opcode]
             self.lines.append(f"M.{method}(v, {self._active(x)}, {self._address(operands[0])}, [{rows}], {x.line})")
         elif opcode in ("shfl.sync.bfly.b32", "shfl.sync.idx.b32") and x.guard is None:
@@ -272,6 +274,8 @@ class Code(Lines):
                 raise PtxError("a shuffle of a part of the warp")
             to, source = (self.row(row, "U") for row in rows)
             self.lines.append(f"M.shuffle(v, m, {to}, {source}, {opcode.split('.')[2]!r}, {lanes.value})")
+        elif opcode == "fence.acq_rel.gpu" and not operands:
+            self.lines.append("pass")  # programs see each other's memory in the order in which they run
         elif opcode == "elect.sync" and isinstance(operands[0], Pair) and operands[1] == Immediate(-1) and x.guard is None:
             lane, chosen = self.row(operands[0].first, "U"), self.row(operands[0].second, "P")
             self.lines.append(f"M.elect(v, m, {lane}, {chosen})")

@@ -22,7 +22,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from distattn.kernels.bands import INF, Band, Bands  # noqa: E402
 from distattn.kernels.gluon_launch import FORWARD, FUSED, KEYS, ROWS, SCRATCH  # noqa: E402
 from tests.kernels.cases import DOCUMENTS, GAPS, WINDOW, Case, check_backend, check_repeats, check_untouched  # noqa: E402
-from tests.kernels.ptx_launch import Compiled  # noqa: E402
+from tests.kernels.gluon_machine import KernelError  # noqa: E402
+from tests.kernels.ptx_global import GlobalMemory  # noqa: E402
+from tests.kernels.ptx_launch import Compiled, execute  # noqa: E402
 from tests.kernels.ptx_parse import PtxError, parse  # noqa: E402
 from tests.kernels.ptx_translate import translate  # noqa: E402
 
@@ -125,11 +127,78 @@ def test_other_orders(seed: int) -> None:
     check_backend(Compiled(100 + seed, processors=1 + seed % 4), case, seed)
 
 
+# ---- small programs
+
+
+def run_text(body: str, out: torch.Tensor, programs: int = 1, seed: int = 0) -> None:
+    """Runs a body of PTX whose only parameter is the address of ``out``."""
+    memory = GlobalMemory()
+    address = memory.add(out, "out")
+    execute(translate(parse(HEAD + body + "\nret;\n}\n")), 1024, memory, {"k_param_0": address}, {}, (programs,), seed)
+
+
+PLACE = "mov.u32 %r0, %tid.x; mov.u32 %r3, %ctaid.x; ld.param.b64 %rd0, [k_param_0]; mad.wide.u32 %rd1, %r0, 4, %rd0;"
+
+
+def test_lanes_that_part_meet_again() -> None:
+    """Every lane counts down from its number in a loop of its own, odd lanes by another way."""
+    out = torch.full((128,), -1, dtype=torch.int32)
+    body = """
+    and.b32 %r1, %r0, 1; setp.eq.b32 %p0, %r1, 0; mov.b32 %r2, 0; mov.b32 %r1, %r0; @%p0 bra EVEN;
+    add.s32 %r2, %r2, 1000;
+    EVEN: setp.eq.b32 %p1, %r1, 0; @%p1 bra DONE;
+    add.s32 %r1, %r1, -1; add.s32 %r2, %r2, 2; bra.uni EVEN;
+    DONE: st.global.b32 [ %rd1 + 0 ], { %r2 };
+    """
+    run_text(PLACE + body, out)
+    lane = torch.arange(128)
+    assert torch.equal(out, (lane * 2 + lane % 2 * 1000).to(torch.int32))
+
+
+COUNTED = """
+{ .reg .pred p; .reg .b32 v; setp.ne.u32 p, %r0, 0;
+@p bra done; again: ld.acquire.gpu.global.u32 v, [%rd0]; setp.lt.u32 p, v, %r3; @p bra again;
+fence.acq_rel.gpu; red.relaxed.gpu.global.add.u32 [%rd0], 1; done: mov.u32 %r2, 0; }
+"""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_programs_that_wait_for_each_other(seed: int) -> None:
+    counter = torch.zeros(1, dtype=torch.int32)
+    run_text(PLACE + COUNTED, counter, 6, seed)
+    assert counter.item() == 6
+    with pytest.raises(KernelError, match="waits for ever for a counter that stands at 0"):
+        run_text(PLACE + COUNTED.replace("p, v, %r3", "p, v, 1"), torch.zeros(1, dtype=torch.int32), 2, seed)
+
+
+@pytest.mark.parametrize(
+    "body, said",
+    [
+        ("st.global.b32 [ %rd1 + 0 ], { %r0 };", "outside of a tensor"),
+        ("st.global.b32 [ %rd0 + 0 ], { %r0 };", "two lanes write one place"),
+        ("add.s64 %rd1, %rd1, 2; ld.global.b32 { %r1 }, [ %rd1 + 0 ];", "no multiples of 4|outside"),
+        ("bar.sync 0, 160;", "deadlock"),
+        ("setp.lt.s32 %p0, %r0, 5; @%p0 bra L; bar.sync 0, 128; L: mov.b32 %r1, 0;", "in divergent code"),
+        ("mov.b32 %r1, global_smem; ld.shared.b32 %r2, [%r1+0];", "nobody wrote"),
+        (
+            "shl.b32 %r1, %r0, 2; add.s32 %r1, %r1, 1024; st.shared.b32 [%r1+0], %r0; ld.shared.b32 %r2, [global_smem+256];",
+            "race",
+        ),
+        ("mov.b32 %r1, global_smem; mbarrier.arrive.shared::cta.b64 _, [%r1];", "no mbarrier at"),
+        ("setmaxnreg.inc.sync.aligned.u32 100;", "with 255 registers"),
+    ],
+)
+def test_what_the_chip_would_not_forgive(body: str, said: str) -> None:
+    with pytest.raises(KernelError, match=said):
+        run_text(PLACE + body, torch.zeros(100, dtype=torch.int32))
+
+
 # ---- what the reader refuses
 
 HEAD = """.version 8.7
 .target sm_90a
 .address_size 64
+.extern .shared .align 16 .b8 global_smem[];
 .visible .entry k(
 	.param .u64 .ptr .global .align 1 k_param_0
 )
@@ -137,7 +206,7 @@ HEAD = """.version 8.7
 {
 	.reg .pred %p<2>;
 	.reg .b32 %r<4>;
-	.reg .b64 %rd<2>;
+	.reg .b64 %rd<4>;
 """
 
 
