@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from triton.compiler import compile as compile_source
 
-from distattn.kernels.gluon_ahead_of_time import TARGET, Launched, Recorder, _source
+from distattn.kernels.gluon_ahead_of_time import TARGET, Launched, _source
+from distattn.kernels.gluon_backend import GluonBackend
 from tests.kernels.ptx_global import GlobalMemory, TensorMap, describe
 from tests.kernels.ptx_lanes import Counts, Traffic
 from tests.kernels.ptx_machine import Machine
@@ -174,7 +175,7 @@ def run(launched: Launched, grid: tuple[int, ...], seed: int = 0, change: Change
     return Report(launched.kind, classes, int(np.prod(grid)) * program.entry.threads // 32, counts)
 
 
-class Compiled(Recorder):
+class Compiled(GluonBackend):
     """The Hopper backend whose launches run on the emulated chip, as they are compiled; ``reports`` grows by one a launch.
 
     Args:
@@ -182,18 +183,25 @@ class Compiled(Recorder):
         processors: of the emulated chip.
         rows: changes fields of the launch rows by kind.
         change: of the PTX text, by kind of kernel.
+        options: of :class:`GluonBackend`.
     """
 
     def __init__(
-        self, seed: int = 0, processors: int = 3, rows: dict[str, dict[str, Any]] | None = None, deterministic: bool = True,
-        change: dict[str, Change] | None = None,
+        self, seed: int = 0, processors: int = 3, rows: dict[str, dict[str, Any]] | None = None,
+        change: dict[str, Change] | None = None, **options: bool,
     ):  # fmt: skip
-        super().__init__(deterministic, rows)
-        self.seed, self.processors, self.change = seed, processors, change or {}
+        super().__init__(**options)
+        self.seed, self.processors, self.rows, self.change = seed, processors, rows or {}, change or {}
         self.reports: list[Report] = []
+
+    def _reject_device(self, device: torch.device) -> str | None:
+        return None
 
     def _processors(self, device: torch.device) -> int:
         return self.processors
+
+    def _row(self, kind: str, d: int, d_v: int, softcap: float = 0.0) -> Any:
+        return super()._row(kind, d, d_v, softcap)._replace(**self.rows.get(kind, {}))
 
     def _kernel(self, kind: str) -> Any:
         backend = self
