@@ -186,7 +186,8 @@ def execute(group: Group, memory: SharedMemory, start: dict[tuple[int, ...], np.
         while queue and queue[0].accumulators == first.accumulators and queue[0].keep:
             chain.append(queue.pop(0))
         a, b = (np.concatenate(parts, 1) for parts in zip(*(p.operands(memory) for p in chain), strict=True))
-        total = fragments(a @ b.T)
+        # warp by warp, so that the bits do not depend on how many of them are side by side
+        total = fragments(np.matmul(a.reshape(-1, 16, a.shape[1]), b.T).reshape(len(a), -1))
         if first.keep:
             before = results.get(first.accumulators)
             total += start[first.accumulators] if before is None else before
