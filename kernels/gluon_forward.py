@@ -225,8 +225,8 @@ def _consume(
         # the first tile has no products of an earlier one to overlap with
         limits_at = ENTRIES + first * 10
         begin, left, full, right = load_runs(ENTRIES, first)
-        # read here, not carried: triton 3.7 takes a limit of the loop over entries that the loop over items carries for its first
-        # value (gluon-inline puts the one in the place of the other)
+        # read here, not carried from the item before: triton before 3.8 drops what a loop carries if only the limits of inner
+        # loops use it (gluon-inline puts the first value in its place): every item would end where the program's first one does
         _, last = load_extent(SLOTS, pid + turn * programs)
         mbarrier.wait(q_full.index(CID), turn & 1)
         stage = it % STAGES

@@ -1,4 +1,4 @@
-"""Global memory for the emulated chip: the tensors of a launch in an address space of their own, and boxes of them by tensor maps.
+"""Global memory of the emulated chip: the tensors of a launch in an address space of their own, and boxes by tensor maps.
 
 Every storage is a region, far from the next; bytes of it that belong to no tensor of the launch must not be touched. Reading a
 NaN is an error: tests fill what nobody wrote with NaN. So are two threads that write one place, a plain access to what
@@ -131,6 +131,14 @@ class GlobalMemory:
             raise KernelError(f"line {line} adds float32 numbers to {region.name}")
         np.add.at(region.data.view(np.float32), places, values)
 
+    def count(self, address: int, amount: int, line: int) -> int:
+        """Adds to a counter in global memory and returns what it holds now."""
+        region, at = self._places(np.array([address]), 4, f"line {line} counts in")
+        region.added[at[0] // 2 : at[0] // 2 + 2] = True
+        counter = region.data[at[0] : at[0] + 4].view(np.uint32)
+        counter += np.uint32(amount)
+        return int(counter[0])
+
 
 @dataclass(frozen=True)
 class TensorMap:
@@ -165,6 +173,8 @@ class TensorMap:
         """(region, byte offsets of the columns inside, offsets of the rows inside, which rows of the box they are)."""
         if len(corner) != len(self.shape) or len(corner) > 2:
             raise KernelError(f"{what} a box by {len(corner)} coordinates of {len(self.shape)} dimensions")
+        if corner[0] * self.item % 16:
+            raise KernelError(f"{what} a box whose first column is at {corner[0] * self.item} bytes, no multiple of 16")
         region = self.memory.region(self.address, what)
         columns = np.arange(corner[0] * self.item, (corner[0] + self.box[0]) * self.item)
         columns = np.where((columns >= 0) & (columns < self.shape[0] * self.item), columns, -1)

@@ -32,8 +32,10 @@ ALU: dict[str, tuple[str, str]] = {
     "mul.hi.s32": ("III", "np.copyto({0}, np.multiply({1}, {2}, dtype=i8) >> 32, casting='unsafe')"),
     "div.s32": ("III", "divide({1}, {2}, {0}, m)"),
     "rem.s32": ("III", "remainder({1}, {2}, {0}, m)"),
-    "min.s32": ("III", "np.minimum({1}, {2}, {0})"),
-    "max.s32": ("III", "np.maximum({1}, {2}, {0})"),
+    "min.s32": ("III", "np.minimum({1}, {2}, out={0})"),
+    "max.s32": ("III", "np.maximum({1}, {2}, out={0})"),
+    "min.u32": ("UUU", "np.minimum({1}, {2}, out={0})"),
+    "max.u32": ("UUU", "np.maximum({1}, {2}, out={0})"),
     "neg.s32": ("II", "np.negative({1}, {0})"),
     "not.b32": ("UU", "np.invert({1}, {0})"),
     "and.b32": ("UUU", "np.bitwise_and({1}, {2}, {0})"),
@@ -90,7 +92,7 @@ def _comparisons() -> None:
     for name, function in _COMPARE.items():
         for kind, letter in _SETP_TYPES.items():
             line = f"np.{function}({{1}}, {{2}}, {{0}})"
-            if (name, kind) == ("ne", "f32"):  # ordered: false where one of them is no number
+            if name == "ne" and kind == "f32":  # ordered: false where one of them is no number
                 line = "np.not_equal({1}, {2}, {0})\nnp.logical_and({0}, {1} == {1}, {0})\nnp.logical_and({0}, {2} == {2}, {0})"
             ALU[f"setp.{name}.{kind}"] = (f"P{letter}{letter}", line)
 
@@ -132,7 +134,7 @@ def to_f16(x: np.ndarray) -> np.ndarray:
 
 
 def field(begin: int, length: int) -> np.uint32:
-    if not (0 <= begin and 0 < length and begin + length <= 32):
+    if not (begin >= 0 and length > 0 and begin + length <= 32):
         raise PtxError(f"bfe of {length} bits from {begin}")
     return np.uint32((1 << length) - 1)
 

@@ -17,6 +17,7 @@ from tests.kernels.ptx_shared import Clocks, SharedMemory
 from tests.kernels.ptx_wgmma import Flight
 
 LANES = np.arange(32)
+PATIENCE = 5_000  # how often a program may read a counter that does not move
 Mask = np.ndarray | None
 
 
@@ -82,6 +83,7 @@ class Lanes:
     def __init__(self, program: int, memory: GlobalMemory, shared: SharedMemory, parameters: dict[str, int], counts: Counts):
         self.program, self.memory, self.shared, self.parameters, self.counts = program, memory, shared, parameters, counts
         self.leaders: list[int] = []  # the lane that elect.sync chooses, by warp
+        self._asked: tuple[tuple[int, int], int] = ((0, 0), 0)  # a counter and what it held, how often in a row
         self._patterns: dict[tuple[bytes, int, str], tuple[int, int]] = {}
 
     # ---- lanes
@@ -189,6 +191,20 @@ class Lanes:
         active = slice(None) if mask is None else mask
         if len(addresses[active]):
             self.memory.add_to(addresses[active], np.stack(rows, 1)[active], line)
+
+    def counter_add(self, v: View, mask: Mask, addresses: np.ndarray, rows: list[Any], line: int) -> None:
+        amounts = np.broadcast_to(np.asarray(rows[0]), addresses.shape)
+        for lane in np.flatnonzero(np.ones(len(addresses), bool) if mask is None else mask):
+            self.memory.count(int(addresses[lane]), int(amounts[lane]), line)
+
+    def counter_load(self, v: View, mask: Mask, addresses: np.ndarray, rows: list[np.ndarray], width: int, line: int) -> None:
+        """ld.acquire of a counter; an error if somebody asks for ever."""
+        for lane in np.flatnonzero(np.ones(len(addresses), bool) if mask is None else mask):
+            rows[0][lane] = found = self.memory.count(int(addresses[lane]), 0, line)
+            asked = (int(addresses[lane]), found)
+            self._asked = (asked, self._asked[1] + 1 if self._asked[0] == asked else 0)
+            if self._asked[1] > PATIENCE:
+                raise KernelError(f"line {line}: program {self.program} waits for ever for a counter that stands at {found}")
 
     # ---- counts
 

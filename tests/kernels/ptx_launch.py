@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from triton.compiler import compile as compile_source
 
-from distattn.kernels.gluon_ahead_of_time import TARGET, Launched, Recorder, _source
+from distattn.kernels.gluon_ahead_of_time import TARGET, Launched, _source
+from distattn.kernels.gluon_backend import GluonBackend
 from tests.kernels.ptx_global import GlobalMemory, TensorMap, describe
 from tests.kernels.ptx_lanes import Counts, Traffic
 from tests.kernels.ptx_machine import Machine
@@ -25,6 +26,7 @@ from tests.kernels.ptx_parse import PtxError, parse
 from tests.kernels.ptx_translate import PARAMETER_BASE, Translated, translate
 
 Change = Callable[[str], str]
+RESIDENT = 3  # programs that run in turns where they wait for each other
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,14 @@ class Report:
     instructions: Counter[str]  # executed by warps, by class
     warps: int
     counts: Counts
+
+    def __str__(self) -> str:
+        parts = [f"{self.kind}: {sum(self.instructions.values()) / self.warps:.0f} instructions a warp"]
+        parts.append(f"{self.shared.units - self.shared.ideal} wavefronts of {self.shared.units} in shared memory are conflicts")
+        for name in ("loaded", "stored"):
+            t = getattr(self, name)
+            parts.append(f"{t.units} sectors {name} where {t.ideal} would do")
+        return ", ".join(parts)
 
     @property
     def shared(self) -> Traffic:
@@ -85,7 +95,9 @@ def translated(text: str) -> Translated:
     return translate(parse(text))
 
 
-def bound(launched: Launched, built: Built, program: Translated, memory: GlobalMemory) -> tuple[dict[str, int], dict[int, TensorMap]]:
+def bound(
+    launched: Launched, built: Built, program: Translated, memory: GlobalMemory
+) -> tuple[dict[str, int], dict[int, TensorMap]]:
     """The parameters as triton's launcher passes them: (bits by name, tensor maps by address)."""
     source = _source(launched)
     given: list[tuple[str, Any]] = []
@@ -115,11 +127,37 @@ def bound(launched: Launched, built: Built, program: Translated, memory: GlobalM
     return bits, maps
 
 
+def execute(
+    program: Translated, size: int, memory: GlobalMemory, parameters: dict[str, int], maps: dict[int, TensorMap],
+    grid: tuple[int, ...], seed: int,
+) -> Counts:  # fmt: skip
+    """Runs all programs of a grid on ``size`` bytes of shared memory each.
+
+    One after the other in a drawn order; where they wait for each other by counters in turns, and they start as numbered.
+    """
+    width, height = (*grid, 1)[:2]
+    counts, draw = Counts(), random.Random(seed)
+    meet = any(x.opcode.startswith("ld.acquire") for x in program.entry.instructions)
+    waiting = list(range(width * height)) if meet else draw.sample(range(width * height), width * height)
+    running: list[Iterator[None]] = []
+    with np.errstate(all="ignore"):
+        while waiting or running:
+            if waiting and len(running) < (RESIDENT if meet else 1):
+                p = waiting.pop(0)
+                place, dimensions = (p % width, p // width), (width, height)
+                machine = Machine(program, size, memory, parameters, maps, place, dimensions, draw.randrange(1 << 30), counts)
+                running.append(machine.turns())
+            one = draw.choice(running)
+            if next(one, one) is one:
+                running.remove(one)
+    return counts
+
+
 def run(launched: Launched, grid: tuple[int, ...], seed: int = 0, change: Change | None = None) -> Report:
-    """Executes every program of a launch, in a drawn order; tensors are changed in place.
+    """Executes every program of a launch; tensors are changed in place.
 
     Args:
-        grid: programs; one dimension.
+        grid: programs, in one or two dimensions.
         change: of the PTX text before it is read.
     Raises:
         KernelError: where the chip would answer with a wrong number, a fault or silence.
@@ -127,21 +165,17 @@ def run(launched: Launched, grid: tuple[int, ...], seed: int = 0, change: Change
     """
     built = build(launched)
     program = translated(change(built.ptx) if change else built.ptx)
-    memory, counts = GlobalMemory(), Counts()
+    memory = GlobalMemory()
     parameters, maps = bound(launched, built, program, memory)
-    (n,) = grid
-    draw = random.Random(seed)
-    for p in draw.sample(range(n), n):
-        machine = Machine(program, built.shared, memory, parameters, maps, (p, n), draw.randrange(1 << 30), counts)
-        machine.run()
+    counts = execute(program, built.shared, memory, parameters, maps, grid, seed)
     classes: Counter[str] = Counter()
     for step, times in counts.steps.items():
         for name, count in program.steps[step].classes.items():
             classes[name] += count * times
-    return Report(launched.kind, classes, n * program.entry.threads // 32, counts)
+    return Report(launched.kind, classes, int(np.prod(grid)) * program.entry.threads // 32, counts)
 
 
-class Compiled(Recorder):
+class Compiled(GluonBackend):
     """The Hopper backend whose launches run on the emulated chip, as they are compiled; ``reports`` grows by one a launch.
 
     Args:
@@ -149,18 +183,25 @@ class Compiled(Recorder):
         processors: of the emulated chip.
         rows: changes fields of the launch rows by kind.
         change: of the PTX text, by kind of kernel.
+        options: of :class:`GluonBackend`.
     """
 
     def __init__(
-        self, seed: int = 0, processors: int = 3, rows: dict[str, dict[str, Any]] | None = None, deterministic: bool = True,
-        change: dict[str, Change] | None = None,
+        self, seed: int = 0, processors: int = 3, rows: dict[str, dict[str, Any]] | None = None,
+        change: dict[str, Change] | None = None, **options: bool,
     ):  # fmt: skip
-        super().__init__(deterministic, rows)
-        self.seed, self.processors, self.change = seed, processors, change or {}
+        super().__init__(**options)
+        self.seed, self.processors, self.rows, self.change = seed, processors, rows or {}, change or {}
         self.reports: list[Report] = []
+
+    def _reject_device(self, device: torch.device) -> str | None:
+        return None
 
     def _processors(self, device: torch.device) -> int:
         return self.processors
+
+    def _row(self, kind: str, d: int, d_v: int, softcap: float = 0.0) -> Any:
+        return super()._row(kind, d, d_v, softcap)._replace(**self.rows.get(kind, {}))
 
     def _kernel(self, kind: str) -> Any:
         backend = self

@@ -6,7 +6,7 @@ synchronise. In divergent code the lanes with the smallest program counter go fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -33,11 +33,11 @@ class NamedBarrier:
 
 
 class Machine(Engines):
-    """``grid`` is (this program, how many)."""
+    """``program`` is its place in ``grid``, x and y."""
 
     def __init__(
         self, translated: Translated, size: int, memory: GlobalMemory, parameters: dict[str, int], maps: dict[int, TensorMap],
-        grid: tuple[int, int], seed: int, counts: Counts,
+        program: tuple[int, int], grid: tuple[int, int], seed: int, counts: Counts,
     ):  # fmt: skip
         entry = translated.entry
         self.files = {
@@ -47,11 +47,13 @@ class Machine(Engines):
             "d": np.full((entry.counts["d"], entry.threads), POISON << 32 | POISON, np.uint64),
         }
         shared = SharedMemory(size)
-        super().__init__(grid[0], memory, shared, parameters, counts, maps=maps, seed=seed, registers=self.files["r"])
+        number = program[0] + program[1] * grid[0]
+        super().__init__(number, memory, shared, parameters, counts, maps=maps, seed=seed, registers=self.files["r"])
         self.translated, self.entry, self.steps = translated, entry, translated.steps
         self.warps = [Warp(n, entry.registers_a_thread) for n in range(entry.threads // 32)]
         self.leaders = [self.random.randrange(32) for _ in self.warps]
-        self.special = {"%ctaid.x": np.uint32(grid[0]), "%nctaid.x": np.uint32(grid[1])}
+        self.special = {f"%ctaid.{axis}": np.uint32(n) for axis, n in zip("xy", program, strict=True)}
+        self.special |= {f"%nctaid.{axis}": np.uint32(n) for axis, n in zip("xy", grid, strict=True)}
         self.views: dict[tuple[int, int], View] = {}
         self.named: dict[int, NamedBarrier] = {}
         self.together = self.random.choice([1.0, 0.9, 0.5])
@@ -69,24 +71,23 @@ class Machine(Engines):
 
     # ---- turns
 
-    def run(self) -> None:
-        """Until all warps returned; KernelError where the chip would fail, hang or race."""
-        with np.errstate(all="ignore"):
-            for _ in range(STEPS_WITHOUT_END):
-                able = [w for w in self.warps if not w.done and self._ready(w)]
-                if not able and not self.events:
-                    if all(w.done for w in self.warps):
-                        break
-                    said = "; ".join(f"warp {w.index}: {w.waiting[0]}" for w in self.warps if w.waiting and not w.done)
-                    raise KernelError(f"deadlock: {said}")
-                pick = self.random.randrange(len(able) + len(self.events))
-                if pick >= len(able):
-                    self.events.pop(pick - len(able))()
-                else:
-                    self._turn(able[pick], able)
+    def turns(self) -> Iterator[None]:
+        """Runs until all warps returned, a turn at a time; KernelError where the chip would fail, hang or race."""
+        for _ in range(STEPS_WITHOUT_END):
+            able = [w for w in self.warps if not w.done and self._ready(w)]
+            if not able and not self.events:
+                if all(w.done for w in self.warps):
+                    self._check_end()
+                    return
+                said = "; ".join(f"warp {w.index}: {w.waiting[0]}" for w in self.warps if w.waiting and not w.done)
+                raise KernelError(f"deadlock: {said}")
+            pick = self.random.randrange(len(able) + len(self.events))
+            if pick >= len(able):
+                self.events.pop(pick - len(able))()
             else:
-                raise KernelError("the program does not end")
-        self._check_end()
+                self._turn(able[pick], able)
+            yield
+        raise KernelError("the program does not end")
 
     def _ready(self, warp: Warp) -> bool:
         return warp.waiting is None or bool(warp.waiting[1]())
@@ -123,6 +124,12 @@ class Machine(Engines):
                 self._branch(v, None, step)
                 if any(w.pc != warps[0].pc or w.mask is not None for w in warps):
                     return
+            elif step.kind == "table":
+                place = self.uniform(v, step.instruction.operands[0], "U", step.instruction)
+                if place >= len(step.targets):
+                    raise KernelError(f"{step.instruction} to target {place} of {len(step.targets)}")
+                for w in warps:
+                    w.pc = step.targets[place]
             elif step.kind == "ret":
                 for w in warps:
                     w.done = True
@@ -149,7 +156,7 @@ class Machine(Engines):
         x = step.instruction
         if x.guard is None:
             for w in v.warps:
-                w.pc = step.target
+                w.pc = step.targets[0]
             return
         row = v.P[x.guard.index]
         taken = ~row if x.negated else row
@@ -158,11 +165,11 @@ class Machine(Engines):
             active = np.ones(32, bool) if mask is None else mask
             jump, stay = mine & active, ~mine & active
             if not stay.any():
-                w.pc = step.target
+                w.pc = step.targets[0]
             elif jump.any():
                 if x.opcode == "bra.uni":
                     raise KernelError(f"{x}: lanes disagree")
-                w.others.append((step.target, jump.copy()))
+                w.others.append((step.targets[0], jump.copy()))
                 w.mask = stay
 
     def _divergent(self, warp: Warp) -> None:

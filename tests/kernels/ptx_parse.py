@@ -15,7 +15,7 @@ WIDTHS = {"pred": "p", "b16": "h", "b32": "r", "b64": "d"}  # of a register decl
 PREFIXES = {"%p": "p", "%rs": "h", "%r": "r", "%rd": "d"}
 BITS = {"p": 1, "h": 16, "r": 32, "d": 64}
 PARAMETER_BYTES = {"u32": 4, "f32": 4, "u64": 8}
-SPECIAL = ("%tid.x", "%ctaid.x", "%nctaid.x")
+SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%nctaid.x", "%nctaid.y")
 
 
 class PtxError(ValueError):
@@ -65,7 +65,7 @@ class Address:
     coordinates: Vector | None = None
 
 
-Operand = Union[Register, Immediate, Symbol, Vector, Pair, Address]
+Operand = Union[Register, Immediate, Symbol, Vector, Pair, Address]  # noqa: UP007  the names are strings until here
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Parameter:
 
 @dataclass
 class Entry:
-    """One kernel. ``labels`` gives the instruction that follows."""
+    """One kernel. ``labels`` gives the instruction that follows, ``tables`` the labels of a brx.idx."""
 
     name: str
     parameters: list[Parameter]
@@ -98,6 +98,7 @@ class Entry:
     registers_a_thread: int
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+    tables: dict[str, list[str]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BITS, 0))
 
 
@@ -132,36 +133,44 @@ class _Body:
     def __init__(self, entry: Entry):
         self.entry = entry
         self.scopes: list[dict[str, Operand]] = [{}]
+        self.numbers = [0]  # of the scopes
         self.n_scopes = 0
 
     def read(self, text: str, at: int) -> None:
         line = text.count("\n", 0, at) + 1
-        for at, statement in _statements(text, at):
+        for statement in _statements(text, at):
             number = line + statement.count("\n", 0, len(statement) - len(statement.lstrip()))
             line += statement.count("\n")
             word = statement.strip()
             if word == "{":
                 self.n_scopes += 1
                 self.scopes.append({})
+                self.numbers.append(self.n_scopes)
             elif word == "}":
                 self.scopes.pop()
+                self.numbers.pop()
                 if not self.scopes:
                     return
             elif word.endswith(":"):
                 self._label(word[:-1])
             elif word.startswith(".reg"):
                 self._declare(word)
+            elif word.startswith(".branchtargets"):
+                name = list(self.entry.labels)[-1]
+                self.entry.tables[name] = [label.strip() for label in word.rstrip(";").removeprefix(".branchtargets").split(",")]
             elif word:
                 self.entry.instructions.append(self._instruction(word.rstrip(";"), number))
         raise PtxError(f"the body of {self.entry.name} does not end")
 
     def _label(self, name: str) -> None:
-        if len(self.scopes) > 1:
-            self.scopes[-1][name] = Symbol(f"{name}@{self.n_scopes}")
-            name = f"{name}@{self.n_scopes}"
+        name = self._local(name)
         if name in self.entry.labels:
             raise PtxError(f"label {name} stands twice")
         self.entry.labels[name] = len(self.entry.instructions)
+
+    def _local(self, label: str) -> str:
+        """Labels of an inner scope are its own; those that begin with $ are the compiler's."""
+        return label if len(self.scopes) == 1 or label.startswith("$") else f"{label}@{self.numbers[-1]}"
 
     def _declare(self, word: str) -> None:
         found = re.fullmatch(r"\.reg \.(\w+)\s+(%?\w+)(?:<(\d+)>)?;", word)
@@ -187,6 +196,8 @@ class _Body:
                 raise PtxError(f"line {line}: guard {found[2]}")
             guard = register
         operands = tuple(self._operand(x) for x in _split(found[4]))
+        if found[3] in ("bra", "bra.uni") and len(operands) == 1 and isinstance(operands[0], Symbol):
+            operands = (Symbol(self._local(operands[0].name)),)
         return Instruction(found[3], operands, guard, found[1] == "!", line)
 
     def _operand(self, text: str) -> Operand:
@@ -225,7 +236,7 @@ class _Body:
         return Address(self._operand(found[1]), int(found[2] or 0), coordinates)
 
 
-def _statements(text: str, at: int) -> Iterator[tuple[int, str]]:
+def _statements(text: str, at: int) -> Iterator[str]:
     """Statements from ``at`` on: ``...;``, ``label:``, and braces that stand where a statement begins."""
     pattern = re.compile(r"\s*(?:[{}]|[\w$]+:(?!:)|[^;]*;)", re.S)
     while at < len(text):
@@ -233,7 +244,7 @@ def _statements(text: str, at: int) -> Iterator[tuple[int, str]]:
         if found is None:
             return
         at = found.end()
-        yield at, found[0]
+        yield found[0]
 
 
 def _split(text: str) -> list[str]:

@@ -50,19 +50,19 @@ class Clocks:
 
     def publish(self, seen: np.ndarray, fenced: np.ndarray) -> None:
         """Adds what this warp knows to what others will learn; its accesses from now on are later."""
-        np.maximum(seen, self.seen, seen)
-        np.maximum(fenced, self.fenced, fenced)
+        np.maximum(seen, self.seen, out=seen)
+        np.maximum(fenced, self.fenced, out=fenced)
         self.seen[self.warp] += 1
 
     def learn(self, seen: np.ndarray, fenced: np.ndarray) -> None:
         mine = self.seen[self.warp]
-        np.maximum(self.seen, seen, self.seen)
-        np.maximum(self.fenced, fenced, self.fenced)
+        np.maximum(self.seen, seen, out=self.seen)
+        np.maximum(self.fenced, fenced, out=self.fenced)
         self.seen[self.warp] = mine
 
     def fence(self) -> None:
         """Accesses from now on are later than the fence."""
-        np.maximum(self.fenced, self.seen, self.fenced)
+        np.maximum(self.fenced, self.seen, out=self.fenced)
         self.seen[self.warp] += 1
 
 
@@ -111,7 +111,7 @@ class MBarrier:
         if self.arrivals == self.count and self.bytes == 0:
             self.phases += 1
             self.arrivals = 0
-            np.maximum(self.completed, self.gathered, self.completed)
+            np.maximum(self.completed, self.gathered, out=self.completed)
             self.completed[0, self.agent] = self.phases
 
     def passed(self, parity: int) -> bool:
@@ -189,9 +189,7 @@ class SharedMemory:
             self.reading.append(agent)
         self.readers[agent, where] = time
 
-    def write(
-        self, where: Where, clocks: Clocks, agent: int, time: int, engine: bool, what: str, again: bool = False
-    ) -> None:
+    def write(self, where: Where, clocks: Clocks, agent: int, time: int, engine: bool, what: str, again: bool = False) -> None:
         """``again``: the same bytes as before, by a thread; may race with the thread that wrote them."""
         if self.is_barrier[where].any():
             raise KernelError(f"{what}: the words of an mbarrier")

@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from tests.kernels.ptx_instructions import ALU, Lines
 from tests.kernels.ptx_parse import (
@@ -54,11 +53,13 @@ _LOADS = {
     "ld.shared.b8": ("shared", "H", 1), "ld.shared.b32": ("shared", "U", 4), "ld.shared.s32": ("shared", "S", 4),
     "ld.shared.v2.b32": ("shared", "U", 4), "ld.shared.v4.b32": ("shared", "U", 4), "ld.global.b32": ("global", "U", 4),
     "ld.global.v2.b32": ("global", "U", 4), "ld.global.v4.b32": ("global", "U", 4),
+    "ld.acquire.gpu.global.u32": ("counter", "U", 4),
 }  # fmt: skip
 _STORES = {
     "st.shared.b32": "shared_store", "st.shared.v2.b32": "shared_store", "st.shared.v4.b32": "shared_store",
     "st.global.b32": "global_store", "st.global.v2.b32": "global_store", "st.global.v4.b32": "global_store",
-    "red.relaxed.gpu.global.add.v4.f32": "global_add", "stmatrix.sync.aligned.m8n8.x4.shared.b16": "shared_store_matrix",
+    "red.relaxed.gpu.global.add.v4.f32": "global_add", "red.relaxed.gpu.global.add.u32": "counter_add",
+    "stmatrix.sync.aligned.m8n8.x4.shared.b16": "shared_store_matrix",
 }  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def key(register: Register) -> int:
 
 @dataclass
 class Step:
-    """``kind``: straight, branch, special, product or ret. ``reads`` and ``writes`` are keys of registers."""
+    """``kind``: straight, branch, table, special, product or ret. ``reads`` and ``writes`` are keys of registers."""
 
     kind: str
     first: int  # instruction
@@ -76,7 +77,7 @@ class Step:
     reads: frozenset[int] = frozenset()
     writes: frozenset[int] = frozenset()
     computed: frozenset[int] = frozenset()  # of ``writes``, what is more than a copy of another register
-    target: int = -1
+    targets: tuple[int, ...] = ()
     run: Callable[..., None] | None = None
     method: str = ""
     classes: Counter[str] = field(default_factory=Counter)
@@ -120,7 +121,7 @@ def uses(instruction: Instruction) -> tuple[set[int], set[int]]:
                 reads |= found
         elif n == 0 and PRODUCT.fullmatch(opcode):
             writes |= found
-            if operands[-5 if isinstance(operands[1], Vector) else -5] != Immediate(0):
+            if operands[3] != Immediate(0):
                 reads |= found
         else:
             reads |= found
@@ -132,9 +133,10 @@ def classify(opcode: str) -> str:
     head = opcode.split(".")[0]
     for prefix, name in (
         ("wgmma.mma", "wgmma"), ("ld.global", "global load"), ("st.global", "global store"), ("red.", "global add"),
-        ("ld.shared", "shared load"), ("st.shared", "shared store"), ("stmatrix", "shared store"), ("ex2", "ex2"), ("div.full", "ex2"),
+        ("ld.shared", "shared load"), ("st.shared", "shared store"), ("stmatrix", "shared store"),
+        ("ex2", "special"), ("div.full", "special"),
         ("shfl", "shuffle"), ("mbarrier", "barrier"), ("bar", "barrier"), ("fence", "barrier"), ("wgmma", "barrier"),
-        ("cp.async", "copy"), ("elect", "barrier"), ("setmaxnreg", "barrier"), ("bra", "branch"), ("ret", "branch"),
+        ("cp.async", "copy"), ("elect", "barrier"), ("setmaxnreg", "barrier"), ("br", "branch"), ("ret", "branch"),
         ("selp", "select"), ("setp", "compare"), ("mov", "move"), ("cvt", "convert"),
     ):  # fmt: skip
         if opcode.startswith(prefix):
@@ -144,8 +146,7 @@ def classify(opcode: str) -> str:
 
 def translate(entry: Entry) -> Translated:
     """The steps of an entry; PtxError for an opcode, form or order that is not known."""
-    targets = {label: at for label, at in entry.labels.items() if label in _branched(entry)}
-    leaders = set(targets.values())
+    leaders = {entry.labels[label] for label in _branched(entry)}
     steps: list[Step] = []
     begins: dict[int, int] = {}
     for n, instruction in enumerate(entry.instructions):
@@ -159,26 +160,31 @@ def translate(entry: Entry) -> Translated:
         steps[-1].kind = kind
         steps[-1].instructions.append(instruction)
     for step in steps:
-        _complete(step, targets, begins)
+        _complete(entry, step, begins)
     _generate(entry, steps)
     _check_written(entry, steps)
     return Translated(entry, steps)
 
 
+def _targets(entry: Entry, instruction: Instruction) -> list[str]:
+    """The labels that a branch names."""
+    target = instruction.operands[-1]
+    if isinstance(target, Symbol):
+        names = entry.tables.get(target.name, []) if instruction.opcode == "brx.idx" else [target.name]
+        if names and all(name in entry.labels for name in names):
+            return names
+    raise PtxError(f"{instruction} to {target}")
+
+
 def _branched(entry: Entry) -> set[str]:
-    found = set()
-    for instruction in entry.instructions:
-        if instruction.opcode in ("bra", "bra.uni"):
-            (target,) = instruction.operands
-            if not isinstance(target, Symbol) or target.name not in entry.labels:
-                raise PtxError(f"{instruction} to {target}")
-            found.add(target.name)
-    return found
+    return {name for x in entry.instructions if _kind(x) in ("branch", "table") for name in _targets(entry, x)}
 
 
 def _kind(instruction: Instruction) -> str:
     if instruction.opcode in ("bra", "bra.uni"):
         return "branch"
+    if instruction.opcode == "brx.idx" and instruction.guard is None:
+        return "table"
     if instruction.opcode == "ret":
         return "ret"
     if instruction.opcode in SPECIAL:
@@ -186,7 +192,7 @@ def _kind(instruction: Instruction) -> str:
     return "product" if PRODUCT.fullmatch(instruction.opcode) else "straight"
 
 
-def _complete(step: Step, targets: dict[str, int], begins: dict[int, int]) -> None:
+def _complete(entry: Entry, step: Step, begins: dict[int, int]) -> None:
     reads: set[int] = set()
     writes: set[int] = set()
     computed: set[int] = set()
@@ -198,10 +204,8 @@ def _complete(step: Step, targets: dict[str, int], begins: dict[int, int]) -> No
             computed |= written
         step.classes[classify(instruction.opcode)] += 1
     step.reads, step.writes, step.computed = frozenset(reads), frozenset(writes), frozenset(computed)
-    if step.kind == "branch":
-        target = step.instruction.operands[0]
-        assert isinstance(target, Symbol)
-        step.target = begins[targets[target.name]]
+    if step.kind in ("branch", "table"):
+        step.targets = tuple(begins[entry.labels[name]] for name in _targets(entry, step.instruction))
     elif step.kind == "special":
         step.method = SPECIAL[step.instruction.opcode]
     elif step.kind == "product":
@@ -246,17 +250,22 @@ class Code(Lines):
         elif opcode == "mov.b32" and isinstance(operands[0], Vector):
             low, high = (self.row(part, "H") for part in operands[0].parts)
             source = self.row(operands[1], "U")
-            self.lines += [f"np.copyto({low}, {source}, casting='unsafe')", f"np.copyto({high}, {source} >> 16, casting='unsafe')"]
+            self.lines += [
+                f"np.copyto({low}, {source}, casting='unsafe')",
+                f"np.copyto({high}, {source} >> 16, casting='unsafe')",
+            ]
         elif opcode in ALU:
             self.alu(x)
         elif opcode in ("ld.param.b32", "ld.param.b64"):
             self._parameter(x)
         elif opcode in _LOADS:
             space, letter, width = _LOADS[opcode]
+            if width == 1 and isinstance(operands[0], Register) and operands[0].file == "r":
+                letter = "U"
             rows = self._rows(operands[0], letter)
             self.lines.append(f"M.{space}_load(v, {self._active(x)}, {self._address(operands[1])}, [{rows}], {width}, {x.line})")
         elif opcode in _STORES:
-            rows = self._rows(operands[1], "F" if opcode.startswith("red") else "U")
+            rows = self._rows(operands[1], "F" if opcode.endswith("f32") else "U")
             method = _STORES[opcode]
             self.lines.append(f"M.{method}(v, {self._active(x)}, {self._address(operands[0])}, [{rows}], {x.line})")
         elif opcode in ("shfl.sync.bfly.b32", "shfl.sync.idx.b32") and x.guard is None:
@@ -265,6 +274,8 @@ class Code(Lines):
                 raise PtxError("a shuffle of a part of the warp")
             to, source = (self.row(row, "U") for row in rows)
             self.lines.append(f"M.shuffle(v, m, {to}, {source}, {opcode.split('.')[2]!r}, {lanes.value})")
+        elif opcode == "fence.acq_rel.gpu" and not operands:
+            self.lines.append("pass")  # programs see each other's memory in the order in which they run
         elif opcode == "elect.sync" and isinstance(operands[0], Pair) and operands[1] == Immediate(-1) and x.guard is None:
             lane, chosen = self.row(operands[0].first, "U"), self.row(operands[0].second, "P")
             self.lines.append(f"M.elect(v, m, {lane}, {chosen})")
@@ -340,7 +351,9 @@ def _check_written(entry: Entry, steps: list[Step]) -> None:
             reads, writes = uses(instruction)
             missing = [k for k in reads if not known >> k & 1]
             if missing and known != everything:
-                raise PtxError(f"{instruction} reads {'phrd'[missing[0] % 4]}{missing[0] // 4}, which was not written on every path")
+                raise PtxError(
+                    f"{instruction} reads {'phrd'[missing[0] % 4]}{missing[0] // 4}, which was not written on every path"
+                )
             known |= sum(1 << k for k in writes)
 
 
@@ -348,6 +361,8 @@ def successors(steps: list[Step], n: int) -> list[int]:
     step = steps[n]
     if step.kind == "ret" and step.instruction.guard is None:
         return []
+    if step.kind == "table":
+        return list(step.targets)
     if step.kind == "branch":
-        return [step.target] if step.instruction.guard is None else [step.target, n + 1]
+        return [*step.targets] if step.instruction.guard is None else [*step.targets, n + 1]
     return [n + 1]

@@ -1,7 +1,8 @@
 """wgmma.mma_async on the emulated chip: matrix descriptors, register fragments, products in flight.
 
-Read from the PTX ISA, "asynchronous warpgroup level matrix instructions". A descriptor's fields are in units of 16 bytes: bits 0-13
-start address, 16-29 leading byte offset, 32-45 stride byte offset, 49-51 base offset, 62-63 swizzle (1: 128 bytes, 2: 64, 3: 32).
+Read from the PTX ISA, "asynchronous warpgroup level matrix instructions". A descriptor's fields count 16 bytes: bits 0-13
+start address, 16-29 leading byte offset, 32-45 stride byte offset, 49-51 base offset, 62-63 swizzle
+(1: 128 bytes, 2: 64, 3: 32).
 A swizzled operand lies in atoms of 8 rows of swizzle width; K-major rows run along K and the stride leads to the next 8 of
 M or N; MN-major rows run along M or N, the stride leads to the next 8 of K and the leading offset to the next
 swizzle width of M or N. The swizzle exchanges units of 16 bytes by bits of absolute addresses. Forms without a swizzle
@@ -81,7 +82,7 @@ def load(memory: SharedMemory, descriptor: Descriptor, rows: int, transposed: bo
     """float32 [rows, 16]."""
     at = places(descriptor, rows, transposed) - SHARED_BASE
     if at.min() < 0 or at.max() + ITEM > memory.size:
-        raise KernelError(f"{descriptor} reads shared memory + {at.min()} to {at.max()}, the kernel has {memory.size} bytes")
+        raise KernelError(f"{descriptor} reads shared memory + {at.min()} to {at.max()}, of {memory.size} bytes")
     return numbers(memory.data.view(np.uint16)[at >> 1], kind)
 
 
@@ -97,7 +98,7 @@ def rows_of_registers(registers: np.ndarray, kind: str) -> np.ndarray:
 
 
 def fragments(product: np.ndarray) -> np.ndarray:
-    """float32 [rows, N] to accumulator registers [N / 2, threads]: lane l holds rows l / 4 and l / 4 + 8, columns l % 4 * 2, + 1."""
+    """float32 [rows, N] to accumulators [N / 2, threads]: lane l holds of rows l / 4 and l / 4 + 8 columns l % 4 * 2 and + 1."""
     rows, n = product.shape
     x = product.reshape(rows // 16, 2, 8, n // 8, 4, 2)  # warp, row half, row, column block, lane, element
     return np.ascontiguousarray(x.transpose(3, 1, 5, 0, 2, 4)).reshape(n // 2, rows * 2)
@@ -185,7 +186,8 @@ def execute(group: Group, memory: SharedMemory, start: dict[tuple[int, ...], np.
         while queue and queue[0].accumulators == first.accumulators and queue[0].keep:
             chain.append(queue.pop(0))
         a, b = (np.concatenate(parts, 1) for parts in zip(*(p.operands(memory) for p in chain), strict=True))
-        total = fragments(a @ b.T)
+        # warp by warp, so that the bits do not depend on how many of them are side by side
+        total = fragments(np.matmul(a.reshape(-1, 16, a.shape[1]), b.T).reshape(len(a), -1))
         if first.keep:
             before = results.get(first.accumulators)
             total += start[first.accumulators] if before is None else before

@@ -214,6 +214,24 @@ def test_no_variable_is_set_to_a_literal_in_a_loop() -> None:
         assert not literals, literals
 
 
+def names(node: ast.AST) -> set[str]:
+    return {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+
+
+@pytest.mark.parametrize("module", ["gluon_forward", "gluon_backward", "gluon_query_backward"])
+def test_no_loop_runs_to_a_limit_that_an_outer_loop_carries(module: str) -> None:
+    """Triton before 3.8 puts the first value in the place of what nothing but limits of inner loops uses; test_ptx runs such loops."""
+    tree = ast.parse((Path(distattn.kernels.__file__).parent / f"{module}.py").read_text())
+    loops = [node for node in ast.walk(tree) if isinstance(node, ast.For)]
+    for outer in loops:
+        assigned = [node for node in ast.walk(outer) if isinstance(node, ast.Assign)]
+        for inner in (node for node in loops if node in ast.walk(outer) and node is not outer):
+            assert isinstance(inner.iter, ast.Call) and inner.end_lineno
+            later = {name for node in assigned if node.lineno > inner.end_lineno for name in names(node.targets[0])}
+            carried = names(inner.iter.args[-1]) & later
+            assert not carried, f"{module}:{inner.lineno} runs to {carried}"
+
+
 # ---- what the backend refuses
 
 
