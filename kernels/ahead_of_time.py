@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_source
 from triton.runtime import JITFunction
 
+from distattn.kernels.machine_code import tools
 from distattn.kernels.triton_backward import key_gradient_kernel, query_gradient_kernel
 from distattn.kernels.triton_forward import forward_kernel
 from distattn.kernels.triton_launch import FORWARD, KEYS, QUERIES, Launch, architecture_class, launch_parameters, padded
@@ -130,16 +130,10 @@ def _figure(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def _tools() -> Path:
-    """Where triton keeps the assembler and its kin."""
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
 def assemble(ptx: str, arch: int) -> tuple[int, int, str]:
     """(registers, bytes spilled, all that was said) by the assembler that triton ships."""
-    tools = _tools()
-    blackwell = tools / "ptxas-blackwell"
-    tool = blackwell if arch >= 100 and blackwell.exists() else tools / "ptxas"
+    blackwell = tools() / "ptxas-blackwell"
+    tool = blackwell if arch >= 100 and blackwell.exists() else tools() / "ptxas"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
@@ -147,26 +141,6 @@ def assemble(ptx: str, arch: int) -> tuple[int, int, str]:
         done = subprocess.run([tool, "-v", name, source, "-o", f"{folder}/kernel.o"], capture_output=True, text=True, check=True)
     spills = _figure(r"(\d+) bytes spill stores", done.stderr) + _figure(r"(\d+) bytes spill loads", done.stderr)
     return _figure(r"Used (\d+) registers", done.stderr), spills, done.stderr
-
-
-def spills_in_loops(cubin: bytes) -> int:
-    """How many instructions of the innermost loops with matrix products move registers to local memory or back."""
-    with tempfile.TemporaryDirectory() as folder:
-        code = Path(folder) / "kernel.cubin"
-        code.write_bytes(cubin)
-        done = subprocess.run([_tools() / "cuobjdump", "-sass", code], capture_output=True, text=True, check=True)
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", done.stdout)
-    lines = [(int(at, 16), text) for at, text in found]
-    jumps = [(int(jump[1], 16), at) for at, text in lines if (jump := re.search(r"BRA\b.*?0x([0-9a-f]+)", text))]
-    # a barrier that is not ready yet is tried again far behind everything else, which is no loop of the kernel's
-    waits = {at + 16 for at, text in lines if "TRYWAIT" in text}
-    end = min((target for target, at in jumps if at in waits and target > at), default=1 << 62)
-    back = [(target, at) for target, at in jumps if at < end]
-    products = [at for at, text in lines if "GMMA." in text]
-    loops = [(a, b) for a, b in back if a < b and any(a <= at <= b for at in products)]
-    inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
-    moves = [at for at, text in lines if re.search(r"\b(STL|LDL)\b", text)]
-    return sum(a <= at <= b for at in moves for a, b in inner)
 
 
 def compile_case(case: Case, launch: Launch | None = None, kernel: JITFunction | None = None) -> Compiled:
