@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_source
 from triton.runtime import JITFunction
 
+from distattn.kernels.machine_code import tools
 from distattn.kernels.triton_backward import key_gradient_kernel, query_gradient_kernel
 from distattn.kernels.triton_forward import forward_kernel
 from distattn.kernels.triton_launch import FORWARD, KEYS, QUERIES, Launch, architecture_class, launch_parameters, padded
@@ -131,17 +132,12 @@ def _figure(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def _tools() -> Path:
-    """Where triton keeps the assembler and its kin."""
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
 def assembler(arch: int) -> list[str | Path]:
     """The tool with which triton assembles for ``arch``, and those of its options that change the code."""
-    version, newer = TorchVersion(triton.__version__), _tools() / "ptxas-blackwell"
+    version, newer = TorchVersion(triton.__version__), tools() / "ptxas-blackwell"
     first = 90 if version >= TorchVersion("3.9") else 100
     options = ["--regAllocOptLevel=2"] if version >= TorchVersion("3.7") else []
-    tool = newer if arch >= first and newer.exists() else _tools() / "ptxas"
+    tool = newer if arch >= first and newer.exists() else tools() / "ptxas"
     return [tool, *options, f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"]
 
 
@@ -154,26 +150,6 @@ def assemble(ptx: str, arch: int) -> tuple[int, int, str]:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     spills = _figure(r"(\d+) bytes spill stores", done.stderr) + _figure(r"(\d+) bytes spill loads", done.stderr)
     return _figure(r"Used (\d+) registers", done.stderr), spills, done.stderr
-
-
-def spills_in_loops(cubin: bytes) -> int:
-    """How many instructions of the innermost loops with matrix products move registers to local memory or back."""
-    with tempfile.TemporaryDirectory() as folder:
-        code = Path(folder) / "kernel.cubin"
-        code.write_bytes(cubin)
-        done = subprocess.run([_tools() / "cuobjdump", "-sass", code], capture_output=True, text=True, check=True)
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", done.stdout)
-    lines = [(int(at, 16), text) for at, text in found]
-    jumps = [(int(jump[1], 16), at) for at, text in lines if (jump := re.search(r"BRA\b.*?0x([0-9a-f]+)", text))]
-    # a barrier that is not ready yet is tried again far behind everything else, which is no loop of the kernel's
-    waits = {at + 16 for at, text in lines if "TRYWAIT" in text}
-    end = min((target for target, at in jumps if at in waits and target > at), default=1 << 62)
-    back = [(target, at) for target, at in jumps if at < end]
-    products = [at for at, text in lines if "GMMA." in text]
-    loops = [(a, b) for a, b in back if a < b and any(a <= at <= b for at in products)]
-    inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
-    moves = [at for at, text in lines if re.search(r"\b(STL|LDL)\b", text)]
-    return sum(a <= at <= b for at in moves for a, b in inner)
 
 
 def compile_case(case: Case, launch: Launch | None = None, kernel: JITFunction | None = None) -> Compiled:

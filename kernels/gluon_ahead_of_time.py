@@ -18,13 +18,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compile as compile_source
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from distattn.kernels.ahead_of_time import SHARED_LIMIT, assemble, spills_in_loops
+from distattn.kernels.ahead_of_time import SHARED_LIMIT, assemble
 from distattn.kernels.bands import Band, Bands
 from distattn.kernels.contract import Scores, empty_state
 from distattn.kernels.gluon_backend import GluonBackend, kernel
 from distattn.kernels.gluon_division import Costs
 from distattn.kernels.gluon_launch import ADD, FORWARD, FUSED, KEYS, MERGE, QUERIES, SCRATCH
 from distattn.kernels.gluon_plans import Shape
+from distattn.kernels.machine_code import Flow, disassemble
+from distattn.kernels.machine_cost import Cost, Tile, cost_of, spills_in_loops
 
 TARGET = GPUTarget("cuda", 90, 32)
 KINDS = (FORWARD, KEYS, QUERIES, FUSED, SCRATCH, MERGE, ADD)
@@ -55,7 +57,8 @@ class Case:
 class Compiled:
     """What the compiler made of a case. Bytes (``spills`` a thread) and counts of instructions.
 
-    ``pairs`` of float32 numbers (or fours) move between registers and memory in one instruction: how often.
+    ``pairs`` of float32 numbers (or fours) move between registers and memory in one instruction: how often. ``cost`` of a tile
+    in its loops; None where it has none.
     """
 
     case: Case
@@ -69,6 +72,7 @@ class Compiled:
     setmaxnreg: int
     serialized: bool
     pairs: int
+    cost: Cost | None = None
 
     @property
     def violations(self) -> list[str]:
@@ -182,6 +186,17 @@ def _source(launched: Launched) -> GluonASTSource:
     return GluonASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
 
 
+def tile(case: Case, named: dict[str, Any]) -> Tile:
+    """What all consumers together do in one pass through their loops, in the constants of the launch."""
+    d, d_v = case.d, case.d_v
+    if case.kind in (KEYS, FUSED):
+        streamed, row_bytes, stationary = named["BLOCK_Q"], 2 * (d + d_v) + 8, 64 * named["KEY_TILES"]
+    else:
+        streamed, row_bytes, stationary = named["BLOCK_K"], 2 * (d + d_v), 64 * named.get("CONSUMERS", 2)
+    products = {FORWARD: d + d_v, KEYS: 2 * d + 2 * d_v, QUERIES: 2 * d + d_v, FUSED: 3 * d + 2 * d_v}
+    return Tile(stationary * streamed, 2 * products[case.kind], streamed * row_bytes)
+
+
 def compile_case(case: Case, rows: dict[str, Any] | None = None) -> Compiled:
     """Compiles ``case`` for sm_90 (5 to 20 seconds), with ``rows`` in place of fields of its launch row."""
     launched = record(case, rows)
@@ -192,9 +207,11 @@ def compile_case(case: Case, rows: dict[str, Any] | None = None) -> Compiled:
     ptx = made.asm["ptx"]
     registers, spills, said = assemble(ptx, TARGET.arch)
     serialized = re.search(r"wgmma.*serializ", said) is not None
+    flow = Flow(disassemble(made.asm["cubin"]))
+    cost = None if case.kind in WITHOUT_PRODUCTS else cost_of(flow, tile(case, launched.named))
     return Compiled(
-        case, seconds, made.metadata.num_warps, registers, spills, spills_in_loops(made.asm["cubin"]), made.metadata.shared,
-        ptx.count("wgmma.mma_async"), ptx.count("setmaxnreg"), serialized, len(re.findall(r"global\S*\.v[24]\.", ptx)),
+        case, seconds, made.metadata.num_warps, registers, spills, spills_in_loops(flow), made.metadata.shared,
+        ptx.count("wgmma.mma_async"), ptx.count("setmaxnreg"), serialized, len(re.findall(r"global\S*\.v[24]\.", ptx)), cost,
     )  # fmt: skip
 
 

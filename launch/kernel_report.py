@@ -1,7 +1,8 @@
 """What the compiler makes of the Triton kernels, without a GPU: registers, spills, shared memory, matrix instructions.
 
 Exits with 1 when a variant spills, does not fit into shared memory, misses wgmma on sm_90, or computes float32 in TF32.
-With --gluon the Hopper kernels, for sm_90: all their launches, which must also keep their partitions and registers.
+With --gluon the Hopper kernels, for sm_90: all their launches, which must also keep their partitions and registers; --loops
+says for each what a tile costs every unit of a multiprocessor, by the machine code of its loops: bounds, nothing measured.
 One variant takes 1 to 20 seconds; triton caches it.
 """
 
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from distattn.kernels.ahead_of_time import Compiled
+    from distattn.kernels.machine_cost import Cost, Turn
 
 HEADS = ["64", "128", "192:128", "256"]
 
@@ -38,8 +40,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--softcap", action="store_true", help="the variants with a softcap")
     parser.add_argument("--gluon", action="store_true", help="the Hopper kernels instead: all variants of --kernel and --head")
+    parser.add_argument("--loops", action="store_true", help="with --gluon: the cost of a tile in the loops of each warpgroup")
+    parser.add_argument("--clock", type=float, default=1.755, metavar="GHZ", help="for rates of --loops (default: 1.755)")
+    parser.add_argument("--processors", type=int, default=132, metavar="N", help="for rates of --loops (default: 132)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
-    return parser.parse_args(arguments)
+    asked = parser.parse_args(arguments)
+    if asked.loops and not asked.gluon:
+        parser.error("--loops reads the Hopper kernels. Add --gluon.")
+    return asked
 
 
 def as_json(made: Compiled) -> str:
@@ -113,6 +121,10 @@ def report_gluon(asked: argparse.Namespace) -> int:
         wrong |= bool(made.violations)
         fields = dataclasses.asdict(made)
         fields = {**fields.pop("case"), **fields, "violations": made.violations, "triton": version()}
+        if not asked.loops:
+            fields.pop("cost")
+        elif made.cost:
+            fields |= {"bounds": made.cost.bounds(), "masked_bounds": made.cost.bounds(True)}
         if asked.json:
             print(json.dumps(fields), flush=True)
             continue
@@ -121,7 +133,36 @@ def report_gluon(asked: argparse.Namespace) -> int:
         call = f" {case.call}" if case.kind in ("forward", "merge_pieces", "add_pieces") else ""
         call += ", pieces" if case.pieces else ""
         print(f"{case.kind} {case.d}:{case.d_v}{call}: {figures}: {'; '.join(made.violations) or 'ok'}", flush=True)
+        if asked.loops and made.cost:
+            print("\n".join(loop_lines(made.cost, asked.clock, asked.processors)), flush=True)
     return 1 if wrong else 0
+
+
+def loop_lines(cost: Cost, clock: float, processors: int) -> list[str]:
+    """What a tile costs, in words: each unit's cycles, what binds, and what each warp issues in which order."""
+
+    def issued(who: str, turn: Turn, masked: Turn | None = None) -> list[str]:
+        counts = ", ".join(f"{count} {kind}" for kind, count in turn.counts.items())
+        with_mask = f" ({masked.instructions} with the mask)" if masked else ""
+        return [f"    {who}: {turn.instructions} instructions{with_mask}: {counts}"]
+
+    lines = [f"    tile: {cost.tile.area} pairs of {cost.tile.flops} operations, {cost.tile.fetched} bytes copied"]
+    for name, masked in (("full", False), ("masked", True)):
+        bounds = cost.bounds(masked)
+        cycles = ", ".join(f"{unit} {value:.0f}" for unit, value in bounds.items())
+        rate, most = cost.rate(masked, clock, processors), max(bounds.values())
+        lines.append(f"    {name}, cycles: {cycles}")
+        lines.append(
+            f"    {name}, bound: {rate:.0f} TFLOP/s by {cost.binding(masked)} at {clock:g} GHz on {processors}, "
+            f"tensor cores busy {bounds['tensor'] / most:.0%} of it"
+        )
+    copied, added = cost.traffic(clock, processors)
+    lines.append(
+        f"    traffic at the bound of full tiles: {copied:.1f} TB/s copied" + f", {added:.1f} TB/s added up" * (added > 0)
+    )
+    for place, (turn, masked_turn) in enumerate(zip(cost.full, cost.masked, strict=True)):
+        lines += [*issued(f"consumer {place}", turn, masked_turn), f"        {turn.order}"]
+    return lines + (issued("producer", cost.producer) if cost.producer else [])
 
 
 if __name__ == "__main__":
