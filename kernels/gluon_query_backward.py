@@ -160,7 +160,8 @@ def _sum_queries(
             before = (it - 1) % STAGES
             lap = (it // STAGES) & 1
             masked = n < left + right
-            mine = CID + (it >> 24)  # CID, but opaque: keeps what addresses q and g from being hoisted, and then spilled
+            # CID, but opaque where registers are scarce: keeps what addresses q and g from being hoisted, and then spilled
+            mine = CID if D + D2 <= 128 else CID + (it >> 24)
             mbarrier.wait(k_full.index(stage), lap)
             products = product_over_head(q_s.index(mine), q2_s.index(mine), k_s.index(stage), k2_s.index(stage), zero, SPLIT)
             mbarrier.wait(v_full.index(stage), lap)
