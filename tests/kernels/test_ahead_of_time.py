@@ -53,7 +53,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 # Bytes. The rows of tiles were chosen with triton 3.7, where nothing spills; with others one variant in five does, by so little.
-SPILLS = 0 if triton.__version__.startswith("3.7.") else 160
+SPILLS = 0 if triton.__version__.startswith("3.7.") else 200
 
 
 def unexpected(made: Compiled) -> list[str]:
