@@ -66,12 +66,13 @@ def split_case(size: tuple[int, int], softcap: float = 0.0) -> Case:
 @pytest.mark.parametrize("size", ROWS[FORWARD], ids=str)
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
 def test_split_calls_of_every_head_size(size: tuple[int, int], softcap: float) -> None:
-    """All four calls of the forward: state, last, fresh, out."""
+    """All four calls of the forward: state, last, out, and without a softcap fresh."""
     case = split_case(size, softcap)
     backend = Emulated(processors=40, costs=FREE)
     check_backend(backend, replace(case, calls=2, sinks=True, out_dtype=BF16))
-    check_backend(backend, replace(case, dtype=F16))
     check_backend(backend, replace(case, out_dtype=BF16, bands=GAPS))
+    if not softcap:
+        check_backend(backend, replace(case, dtype=F16))
     assert all(backend.pieces[kind] for kind in (FORWARD, KEYS, QUERIES)), backend.pieces
 
 
