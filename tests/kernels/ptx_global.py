@@ -212,7 +212,7 @@ class TensorMap:
 def describe(x: Any, meta: dict[str, Any], memory: GlobalMemory, name: str) -> TensorMap:
     """The map of a triton TensorDescriptor as triton's launcher encodes it (fill_tma_descriptor_tiled)."""
     item = meta["elem_size"]
-    if meta["fp4_padded"] or x.round_f32_to_tf32 or x.padding != "zero" or item != x.base.element_size():
+    if meta["fp4_padded"] or getattr(x, "round_f32_to_tf32", False) or x.padding != "zero" or item != x.base.element_size():
         raise KernelError(f"a descriptor that the emulator does not know: {meta}")
     if x.strides[-1] != 1:
         raise KernelError("a descriptor whose innermost stride is not 1")

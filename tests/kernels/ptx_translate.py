@@ -48,6 +48,13 @@ SPECIAL = {
     "cp.async.bulk.commit_group": "store_commit",
     "cp.async.bulk.wait_group.read": "store_wait",
 }
+# As triton 3.6 writes them: ``shared`` is shared::cta, and a cluster is one block here.
+SPECIAL |= {
+    "mbarrier.arrive.expect_tx.shared.b64": "mbarrier_expect",
+    "mbarrier.try_wait.parity.shared.b64": "mbarrier_wait",
+    "cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes": "tensor_load",
+    "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes": "tensor_load",
+}
 PRODUCT = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(bf16|f16)\.\2")
 _LOADS = {
     "ld.shared.b8": ("shared", "H", 1), "ld.shared.b32": ("shared", "U", 4), "ld.shared.s32": ("shared", "S", 4),

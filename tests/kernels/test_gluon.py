@@ -221,7 +221,7 @@ def names(node: ast.AST) -> set[str]:
 
 @pytest.mark.parametrize("module", ["gluon_forward", "gluon_backward", "gluon_query_backward"])
 def test_no_loop_runs_to_a_limit_that_an_outer_loop_carries(module: str) -> None:
-    """Triton before 3.8 puts the first value in the place of what nothing but limits of inner loops uses; test_ptx runs such loops."""
+    """Triton before 3.8 puts the first value in the place of what only limits of inner loops use; test_ptx runs such loops."""
     tree = ast.parse((Path(distattn.kernels.__file__).parent / f"{module}.py").read_text())
     loops = [node for node in ast.walk(tree) if isinstance(node, ast.For)]
     for outer in loops:
