@@ -131,6 +131,17 @@ class GlobalMemory:
             raise KernelError(f"line {line} adds float32 numbers to {region.name}")
         np.add.at(region.data.view(np.float32), places, values)
 
+    def add_alone(self, addresses: np.ndarray, values: np.ndarray, writers: np.ndarray, line: int) -> None:
+        """Atomic adds of float32 [accesses, words] where no other of the ``writers`` adds."""
+        width = values.shape[1] * 4
+        region, at = self._places(addresses, width, f"line {line} adds to")
+        held = region.data[at[:, None] + np.arange(width)].view(np.float32)
+        self.store(addresses, (held + values).view(np.uint32), writers, line)
+
+    def ask(self, addresses: np.ndarray, line: int) -> None:
+        """Places that are no tensor's are an error."""
+        self._places(addresses, 4, f"line {line} asks for")
+
     def count(self, address: int, amount: int, line: int) -> int:
         """Adds to a counter in global memory and returns what it holds now."""
         region, at = self._places(np.array([address]), 4, f"line {line} counts in")

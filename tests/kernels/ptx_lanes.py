@@ -192,6 +192,20 @@ class Lanes:
         if len(addresses[active]):
             self.memory.add_to(addresses[active], np.stack(rows, 1)[active], line)
 
+    def global_add_alone(self, v: View, mask: Mask, addresses: np.ndarray, rows: list[np.ndarray], line: int) -> None:
+        """Adds by the only thread that adds there in the launch, so that the order of sums is fixed."""
+        active = np.ones(len(addresses), bool) if mask is None else mask
+        for _, mine in self.each_warp(v, mask, addresses):
+            self._count(self.counts.stored, line, mine, 4 * len(rows), "sectors")
+        if active.any():
+            threads = self.program * 1024 + np.arange(v.low, v.high)[active] + 1
+            self.memory.add_alone(addresses[active], np.stack(rows, 1)[active], threads, line)
+
+    def prefetch(self, v: View, mask: Mask, addresses: np.ndarray, line: int) -> None:
+        """Changes nothing; what is asked for must be there."""
+        for _, mine in self.each_warp(v, mask, addresses):
+            self.memory.ask(mine, line)
+
     def counter_add(self, v: View, mask: Mask, addresses: np.ndarray, rows: list[Any], line: int) -> None:
         amounts = np.broadcast_to(np.asarray(rows[0]), addresses.shape)
         for lane in np.flatnonzero(np.ones(len(addresses), bool) if mask is None else mask):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tests.kernels.ptx_instructions import ALU, Lines
 from tests.kernels.ptx_parse import (
@@ -62,10 +62,12 @@ _LOADS = {
     "ld.global.v2.b32": ("global", "U", 4), "ld.global.v4.b32": ("global", "U", 4),
     "ld.acquire.gpu.global.u32": ("counter", "U", 4),
 }  # fmt: skip
+ATOMIC_ADD, ADD_ALONE = "atom.global.gpu.relaxed.add.v2.f32", "red.relaxed.gpu.global.add.v2.f32"
 _STORES = {
     "st.shared.b32": "shared_store", "st.shared.v2.b32": "shared_store", "st.shared.v4.b32": "shared_store",
     "st.global.b32": "global_store", "st.global.v2.b32": "global_store", "st.global.v4.b32": "global_store",
-    "red.relaxed.gpu.global.add.v4.f32": "global_add", "red.relaxed.gpu.global.add.u32": "counter_add",
+    "red.relaxed.gpu.global.add.v4.f32": "global_add", ADD_ALONE: "global_add_alone",
+    "red.relaxed.gpu.global.add.u32": "counter_add",
     "stmatrix.sync.aligned.m8n8.x4.shared.b16": "shared_store_matrix",
 }  # fmt: skip
 
@@ -151,8 +153,26 @@ def classify(opcode: str) -> str:
     return "float" if opcode.endswith("f32") else "integer" if head in ("add", "sub", "mul", "mad") else "logic"
 
 
+def without_results(instructions: list[Instruction]) -> list[Instruction]:
+    """Atomic adds whose old value nobody reads as reductions, which is what ptxas makes of them."""
+    read = {k for x in instructions for k in uses(x if x.opcode != ATOMIC_ADD else _reduction(x))[0]}
+    made = []
+    for x in instructions:
+        if x.opcode == ATOMIC_ADD:
+            if any(key(r) in read for r in registers(x.operands[0])):
+                raise PtxError(f"{x}: the old value of an atomic add is read")
+            x = _reduction(x)
+        made.append(x)
+    return made
+
+
+def _reduction(x: Instruction) -> Instruction:
+    return replace(x, opcode=ADD_ALONE, operands=x.operands[1:])
+
+
 def translate(entry: Entry) -> Translated:
     """The steps of an entry; PtxError for an opcode, form or order that is not known."""
+    entry = replace(entry, instructions=without_results(entry.instructions))
     leaders = {entry.labels[label] for label in _branched(entry)}
     steps: list[Step] = []
     begins: dict[int, int] = {}
@@ -281,6 +301,8 @@ class Code(Lines):
                 raise PtxError("a shuffle of a part of the warp")
             to, source = (self.row(row, "U") for row in rows)
             self.lines.append(f"M.shuffle(v, m, {to}, {source}, {opcode.split('.')[2]!r}, {lanes.value})")
+        elif opcode == "prefetch.global.L2":
+            self.lines.append(f"M.prefetch(v, {self._active(x)}, {self._address(operands[0])}, {x.line})")
         elif opcode == "fence.acq_rel.gpu" and not operands:
             self.lines.append("pass")  # programs see each other's memory in the order in which they run
         elif opcode == "elect.sync" and isinstance(operands[0], Pair) and operands[1] == Immediate(-1) and x.guard is None:
