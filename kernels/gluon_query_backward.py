@@ -22,7 +22,6 @@ from distattn.kernels.gluon_blocks import (
     load_place,
     load_runs,
     product_over_head,
-    scratch_places,
     store_tile,
     streamed_row,
     streamed_tile,
@@ -257,19 +256,18 @@ def query_gradient_kernel(
 @gluon.jit(do_not_specialize=["n_q", "tiles"])
 def add_scratch_kernel(DQ, SCRATCH, dq_token, dq_head, n_q, tiles, scale, D: gl.constexpr, BLOCK_Q: gl.constexpr):
     """dq += scratch * scale. Grid: 2 programs a (head, tile of BLOCK_Q queries): the [64, 64] that one consumer made."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     tile = gl.program_id(0) // 2
     half = gl.program_id(0) - tile * 2
     head = tile // tiles
-    r = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, layout)), 1)
-    c = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, layout)), 0)
-    places = scratch_places(layout) + (c // 8 * 512 + r // 8 % 2 * 2 + c % 2)
-    x = gl.load(SCRATCH + (tile * 2 + half).to(gl.int64) * 4096 + places)
+    n = gl.arange(0, 4096, gl.BlockedLayout([4], [32], [4], [0]))  # [8][128 threads][4 floats], as add_to_scratch left them
+    x = gl.load(SCRATCH + (tile * 2 + half).to(gl.int64) * 4096 + n)
+    rows = n // 128 % 4 * 16 + n // 2 % 2 * 8 + n // 16 % 8
+    columns = n // 512 * 8 + n // 4 % 4 * 2 + n % 2
     row0 = (tile - head * tiles) * BLOCK_Q
     at = DQ + head.to(gl.int64) * dq_head
     if D == 128:
         at = at + half * 64
     else:
         row0 = row0 + half * 64
-    keep = row0 + gl.arange(0, 64, gl.SliceLayout(1, layout)) < n_q
-    add_tile(at + row0.to(gl.int64) * dq_token, x * scale, dq_token, keep, 64, layout)
+    places = at + row0.to(gl.int64) * dq_token + (rows * dq_token + columns)
+    gl.atomic_add(places, x * scale, mask=row0 + rows < n_q, sem="relaxed")

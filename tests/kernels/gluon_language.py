@@ -243,7 +243,8 @@ def _jit(function: Any = None, **options: Any) -> Any:
 language = SimpleNamespace(
     constexpr=lambda x: x,
     float32=F32, bfloat16=BF16, float16=F16, int32=I32, int64=I64,
-    NVMMADistributedLayout=NVMMADistributedLayout, DotOperandLayout=DotOperandLayout, SliceLayout=SliceLayout,
+    NVMMADistributedLayout=NVMMADistributedLayout,
+    DotOperandLayout=DotOperandLayout, SliceLayout=SliceLayout,
     BlockedLayout=BlockedLayout,
     arange=lambda start, stop, layout: Value(torch.arange(start, stop), layout),
     full=lambda shape, value, dtype, layout: Value(torch.full(shape, value, dtype=dtype), layout),

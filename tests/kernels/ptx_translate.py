@@ -26,7 +26,7 @@ from tests.kernels.ptx_parse import (
 )
 
 SHARED_BASE = 1024  # the first kilobyte of shared memory is the system's on compute capability 9.0
-PARAMETER_BASE = 0x5000_0000_0000  # parameters stand 4 KB apart
+PARAMETER_BASE = 0x5000_0000  # parameters stand 4 KB apart, below 4 GB: triton 3.9 keeps their addresses in 32 bits
 
 # How the machine takes part, by the beginning of the opcode: the name of its method.
 SPECIAL = {
@@ -62,7 +62,7 @@ _LOADS = {
     "ld.global.v2.b32": ("global", "U", 4), "ld.global.v4.b32": ("global", "U", 4),
     "ld.acquire.gpu.global.u32": ("counter", "U", 4),
 }  # fmt: skip
-ATOMIC_ADD, ADD_ALONE = "atom.global.gpu.relaxed.add.v2.f32", "red.relaxed.gpu.global.add.v2.f32"
+ATOMIC_ADD, ADD_ALONE = "atom.global.gpu.relaxed.add.v2.f32", "red.global.gpu.relaxed.add.v2.f32"
 _STORES = {
     "st.shared.b32": "shared_store", "st.shared.v2.b32": "shared_store", "st.shared.v4.b32": "shared_store",
     "st.global.b32": "global_store", "st.global.v2.b32": "global_store", "st.global.v4.b32": "global_store",
@@ -340,7 +340,7 @@ class Code(Lines):
         to = self.row(x.operands[0], "Q" if x.opcode == "mov.b64" else "U")
         if source.name == "global_smem" and x.opcode == "mov.b32":
             self.lines.append(f"{to}.fill({SHARED_BASE})")
-        elif source.name in self.parameters and x.opcode == "mov.b64":
+        elif source.name in self.parameters and x.opcode in ("mov.b64", "mov.b32"):
             place = self.entry.parameters.index(self.parameters[source.name])
             self.lines.append(f"{to}.fill({PARAMETER_BASE + place * 4096})")
         elif source.name.startswith("%") and x.opcode == "mov.u32":
