@@ -20,8 +20,8 @@ fi
 cd "$root"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-# Compilations, the interpreter, and the Hopper kernels in both emulators: all that asks triton for anything.
-tests=(tests/kernels/test_{gluon_ahead_of_time,ahead_of_time,triton,gluon,ptx}.py)
+# Compilations, the interpreter, and compiled Hopper kernels in the emulator: all that asks triton for anything.
+tests=(tests/kernels/test_{gluon_ahead_of_time,ahead_of_time,triton,ptx}.py)
 
 # install_triton VERSION: into $folder, unless it is there.
 install_triton() {
