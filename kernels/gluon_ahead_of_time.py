@@ -22,10 +22,10 @@ from distattn.kernels.ahead_of_time import SHARED_LIMIT, assemble, spills_in_loo
 from distattn.kernels.bands import Band, Bands
 from distattn.kernels.contract import Scores, empty_state
 from distattn.kernels.gluon_backend import GluonBackend, kernel
-from distattn.kernels.gluon_launch import FORWARD, FUSED, KEYS, QUERIES, SCRATCH
+from distattn.kernels.gluon_launch import FORWARD, FUSED, KEYS, ORDERED, QUERIES, SCRATCH
 
 TARGET = GPUTarget("cuda", 90, 32)
-KINDS = (FORWARD, KEYS, QUERIES, FUSED, SCRATCH)
+KINDS = (FORWARD, KEYS, QUERIES, FUSED, ORDERED, SCRATCH)
 CALLS = ("out", "fresh", "state", "last")  # of the forward: what starts and ends in what
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -101,8 +101,8 @@ class Launched:
 class Recorder(GluonBackend):
     """The backend without a device: ``launched`` grows by one a launch. ``rows`` changes fields of the launch rows by kind."""
 
-    def __init__(self, deterministic: bool = True, rows: dict[str, dict[str, Any]] | None = None):
-        super().__init__(deterministic)
+    def __init__(self, kind: str = KEYS, rows: dict[str, dict[str, Any]] | None = None):
+        super().__init__(kind not in (FUSED, SCRATCH), kind == ORDERED)
         self.rows = rows or {}
         self.launched: list[Launched] = []
 
@@ -127,7 +127,7 @@ class Recorder(GluonBackend):
 
 def record(case: Case, rows: dict[str, Any] | None = None) -> Launched:
     """How the backend launches ``case``, with 32 query heads over 32 // group key heads."""
-    recorder = Recorder(case.kind not in (FUSED, SCRATCH), {case.kind: rows or {}})
+    recorder = Recorder(case.kind, {case.kind: rows or {}})
     dtype, heads, length = DTYPES[case.dtype], 32, 256
     q, k, v, dout = (
         torch.zeros(length, n, size, dtype=dtype)
@@ -154,7 +154,9 @@ def _source(launched: Launched) -> GluonASTSource:
     annotated = {parameter.name for parameter in function.params if parameter.is_constexpr}
     for place, (name, x) in enumerate(zip(function.arg_names, launched.arguments, strict=False)):
         aligned = False
-        if isinstance(x, torch.Tensor):
+        if x is None:
+            signature[name], constants[name] = "constexpr", None
+        elif isinstance(x, torch.Tensor):
             signature[name], aligned = f"*{TYPES[x.dtype]}", True  # allocations on a GPU begin at multiples of 256 bytes
         elif isinstance(x, float):
             signature[name] = "fp32"
@@ -201,5 +203,5 @@ def all_cases() -> list[Case]:
     backward = [
         Case(kind, *size, softcap=softcap) for kind in (KEYS, QUERIES) for size in sizes[kind] for softcap in (False, True)
     ]
-    fused = (Case(FUSED, *size) for size in sizes[FUSED])
+    fused = (Case(kind, *size) for kind in (FUSED, ORDERED) for size in sizes[kind])
     return list(chain(forward, backward, fused, (Case(SCRATCH, *size) for size in sizes[SCRATCH])))

@@ -31,6 +31,50 @@ from distattn.kernels.gluon_blocks import (
     streamed_tile,
     tanh,
 )
+from distattn.kernels.gluon_turns import count_contribution, keep_turns, load_rank, tell, told, walked_tile
+
+
+@gluon.jit
+def _load_keys(
+    descriptors, memory, barriers, loads, head, start,
+    KEY_TILES: gl.constexpr, D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr,
+):  # fmt: skip
+    """The key tile of a program."""
+    q_from, q2_from, k_from, k2_from, v_from, v2_from, g_from, g2_from, lse_from, delta_from = descriptors
+    q_s, q2_s, k_s, k2_s, v_s, v2_s, g_s, g2_s, lse_s, delta_s = memory
+    kv_full = barriers[0]
+    group, q_head, k_head, v_head, g_head, padded = loads
+    mbarrier.expect(kv_full.index(0), KEY_TILES * 64 * (D + D2 + D_V + D_V2) * 2)
+    for c in gl.static_range(KEY_TILES):
+        tma.async_copy_global_to_shared(k_from, [start + c * 64, head * k_head], kv_full.index(0), k_s.index(c))
+        tma.async_copy_global_to_shared(v_from, [start + c * 64, head * v_head], kv_full.index(0), v_s.index(c))
+        if D2:
+            tma.async_copy_global_to_shared(k2_from, [start + c * 64, head * k_head + D], kv_full.index(0), k2_s.index(c))
+        if D_V2:
+            tma.async_copy_global_to_shared(v2_from, [start + c * 64, head * v_head + D_V], kv_full.index(0), v2_s.index(c))
+
+
+@gluon.jit
+def _load_queries(
+    descriptors, memory, barriers, loads, it, query_head, row,
+    BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr,
+):  # fmt: skip
+    """Queries and dout of step ``it`` and their statistics."""
+    q_from, q2_from, k_from, k2_from, v_from, v2_from, g_from, g2_from, lse_from, delta_from = descriptors
+    q_s, q2_s, k_s, k2_s, v_s, v2_s, g_s, g2_s, lse_s, delta_s = memory
+    kv_full, q_full, g_full, empty, ds_full, turn, words = barriers
+    group, q_head, k_head, v_head, g_head, padded = loads
+    s = it % STAGES
+    mbarrier.expect(q_full.index(s), BLOCK_Q * (D + D2) * 2 + BLOCK_Q * 4)
+    tma.async_copy_global_to_shared(q_from, [row, query_head * q_head], q_full.index(s), q_s.index(s))
+    if D2:
+        tma.async_copy_global_to_shared(q2_from, [row, query_head * q_head + D], q_full.index(s), q2_s.index(s))
+    tma.async_copy_global_to_shared(lse_from, [query_head * padded + row], q_full.index(s), lse_s.index(s))
+    mbarrier.expect(g_full.index(s), BLOCK_Q * (D_V + D_V2) * 2 + BLOCK_Q * 4)
+    tma.async_copy_global_to_shared(g_from, [row, query_head * g_head], g_full.index(s), g_s.index(s))
+    if D_V2:
+        tma.async_copy_global_to_shared(g2_from, [row, query_head * g_head + D_V], g_full.index(s), g2_s.index(s))
+    tma.async_copy_global_to_shared(delta_from, [query_head * padded + row], g_full.index(s), delta_s.index(s))
 
 
 @gluon.jit
@@ -40,20 +84,10 @@ def _fetch_queries(
     D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr,
 ):  # fmt: skip
     """The key tile once, then queries, dout and their statistics for every head of the group and every entry."""
-    q_from, q2_from, k_from, k2_from, v_from, v2_from, g_from, g2_from, lse_from, delta_from = descriptors
-    q_s, q2_s, k_s, k2_s, v_s, v2_s, g_s, g2_s, lse_s, delta_s = memory
-    kv_full, q_full, g_full, empty, ds_full = barriers
     SLOTS, ENTRIES = work
-    group, q_head, k_head, v_head, g_head, padded = loads
+    group = loads[0]
     head, start, first, last = load_item(SLOTS, gl.program_id(0))
-    mbarrier.expect(kv_full.index(0), KEY_TILES * 64 * (D + D2 + D_V + D_V2) * 2)
-    for c in gl.static_range(KEY_TILES):
-        tma.async_copy_global_to_shared(k_from, [start + c * 64, head * k_head], kv_full.index(0), k_s.index(c))
-        tma.async_copy_global_to_shared(v_from, [start + c * 64, head * v_head], kv_full.index(0), v_s.index(c))
-        if D2:
-            tma.async_copy_global_to_shared(k2_from, [start + c * 64, head * k_head + D], kv_full.index(0), k2_s.index(c))
-        if D_V2:
-            tma.async_copy_global_to_shared(v2_from, [start + c * 64, head * v_head + D_V], kv_full.index(0), v2_s.index(c))
+    _load_keys(descriptors, memory, barriers, loads, head, start, KEY_TILES, D, D2, D_V, D_V2)
     it = 0
     n_entries = last - first
     for turn in range(n_entries * group):
@@ -61,19 +95,75 @@ def _fetch_queries(
         begin, left, full, right = load_runs(ENTRIES, first + turn % n_entries)
         for n in range(left + full + right):
             row = begin + streamed_tile(n, left, full, right) * BLOCK_Q
-            s = it % STAGES
-            mbarrier.wait(empty.index(s), ((it // STAGES) & 1) ^ 1)
-            mbarrier.expect(q_full.index(s), BLOCK_Q * (D + D2) * 2 + BLOCK_Q * 4)
-            tma.async_copy_global_to_shared(q_from, [row, query_head * q_head], q_full.index(s), q_s.index(s))
-            if D2:
-                tma.async_copy_global_to_shared(q2_from, [row, query_head * q_head + D], q_full.index(s), q2_s.index(s))
-            tma.async_copy_global_to_shared(lse_from, [query_head * padded + row], q_full.index(s), lse_s.index(s))
-            mbarrier.expect(g_full.index(s), BLOCK_Q * (D_V + D_V2) * 2 + BLOCK_Q * 4)
-            tma.async_copy_global_to_shared(g_from, [row, query_head * g_head], g_full.index(s), g_s.index(s))
-            if D_V2:
-                tma.async_copy_global_to_shared(g2_from, [row, query_head * g_head + D_V], g_full.index(s), g2_s.index(s))
-            tma.async_copy_global_to_shared(delta_from, [query_head * padded + row], g_full.index(s), delta_s.index(s))
+            mbarrier.wait(barriers[3].index(it % STAGES), ((it // STAGES) & 1) ^ 1)
+            _load_queries(
+                descriptors, memory, barriers, loads, it, query_head, row, BLOCK_Q, STAGES, D, D2, D_V, D_V2
+            )  # fmt: skip
             it += 1
+
+
+@gluon.jit
+def _fetch_queries_in_turn(
+    descriptors, memory, barriers, work, loads, query_tiles,
+    KEY_TILES: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr,
+):  # fmt: skip
+    """:func:`_fetch_queries` in the order of the walks; keeps the turns at the tiles of dq besides."""
+    SLOTS, ENTRIES, WALKS, RANKS, COUNTERS = work
+    group = loads[0]
+    kv_full, q_full, g_full, empty, ds_full, turn, words = barriers
+    head, start, first, last = load_item(SLOTS, gl.program_id(0))
+    _load_keys(descriptors, memory, barriers, loads, head, start, KEY_TILES, D, D2, D_V, D_V2)
+    mbarrier.arrive(turn.index(0), count=1)  # what the first step adds belongs to nobody's tile
+    it = 0
+    due = (start, start, start, start)  # counters of the last steps, the latest first
+    ranks = (start, start, start)
+    n_entries = last - first
+    for part in range(n_entries * group):
+        query_head = head * group + part // n_entries
+        entry = first + part % n_entries
+        begin, left, full, right = load_runs(ENTRIES, entry)
+        for n in range(left + full + right):
+            tile = walked_tile(n, gl.load(WALKS + entry * 4), left + full + right)
+            row = begin + tile * BLOCK_Q
+            counter = query_head * query_tiles + row // BLOCK_Q
+            slot = it % STAGES * 4
+            mbarrier.wait(empty.index(it % STAGES), ((it // STAGES) & 1) ^ 1)
+            tell(words, slot, row)
+            tell(words, slot + 1, ((tile < left) | (tile >= left + full)).to(gl.int32))
+            tell(words, slot + 2, entry * 10)
+            tell(words, slot + 3, counter + 1)  # the first tile of the scratch takes what belongs to none
+            barrier()
+            _load_queries(
+                descriptors, memory, barriers, loads, it, query_head, row, BLOCK_Q, STAGES, D, D2, D_V, D_V2
+            )  # fmt: skip
+            keep_turns(it, COUNTERS, due, ranks, turn, STAGES)
+            rank = load_rank(RANKS, gl.load(WALKS + entry * 4 + 1), tile)
+            due = (counter, due[0], due[1], due[2])
+            ranks = (rank, ranks[0], ranks[1])
+            it += 1
+    for _ in range(STAGES):
+        mbarrier.wait(empty.index(it % STAGES), ((it // STAGES) & 1) ^ 1)
+        keep_turns(it, COUNTERS, due, ranks, turn, STAGES)
+        due = (due[0], due[0], due[1], due[2])
+        ranks = (ranks[0], ranks[0], ranks[1])
+        it += 1
+    mbarrier.wait(empty.index(it % STAGES), ((it // STAGES) & 1) ^ 1)
+    count_contribution(COUNTERS + due[STAGES])
+
+
+@gluon.jit
+def _fetch(
+    descriptors, memory, barriers, work, loads, query_tiles,
+    KEY_TILES: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr, ORDERED: gl.constexpr,
+):  # fmt: skip
+    if ORDERED:
+        _fetch_queries_in_turn(
+            descriptors, memory, barriers, work, loads, query_tiles, KEY_TILES, BLOCK_Q, STAGES, D, D2, D_V, D_V2
+        )
+    else:
+        _fetch_queries(descriptors, memory, barriers, work, loads, KEY_TILES, BLOCK_Q, STAGES, D, D2, D_V, D_V2)
 
 
 @gluon.jit
@@ -104,11 +194,12 @@ def _key_step(
     D: gl.constexpr, D2: gl.constexpr, D_V2: gl.constexpr,
     D_SPLIT: gl.constexpr, V_SPLIT: gl.constexpr, SECOND_HALF: gl.constexpr,
     s_layout: gl.constexpr, p_layout: gl.constexpr,
-    SOFTCAP: gl.constexpr, FUSED: gl.constexpr, STATISTICS_FIRST: gl.constexpr, VALUES_FIRST: gl.constexpr,
+    SOFTCAP: gl.constexpr, FUSED: gl.constexpr, ORDERED: gl.constexpr,
+    STATISTICS_FIRST: gl.constexpr, VALUES_FIRST: gl.constexpr,
 ):  # fmt: skip
     """One query tile into the sums of dk and dv; FUSED also adds dq of the step before at ``before``."""
     q_s, q2_s, k_s, k2_s, v_s, v2_s, g_s, g2_s, lse_s, delta_s = memory
-    kv_full, q_full, g_full, empty, ds_full = barriers
+    kv_full, q_full, g_full, empty, ds_full, turn, words = barriers
     V_GROUPS: gl.constexpr = 2 if D_V2 else 1
     DV_GROUPS: gl.constexpr = (2 if V_SPLIT else 1) if VALUES_FIRST else 0
     DTYPE: gl.constexpr = q_s.dtype
@@ -122,6 +213,12 @@ def _key_step(
         q = q2_s.index(stage)
         g = g2_s.index(stage)
     mbarrier.wait(q_full.index(stage), lap)
+    here = before
+    if ORDERED:
+        begin = told(words, stage * 4)
+        masked = told(words, stage * 4 + 1) > 0
+        limits_at = limits_at + told(words, stage * 4 + 2)
+        here = told(words, stage * 4 + 3)
     if STATISTICS_FIRST:  # both sums begin at what would be subtracted from them: 64 registers fewer
         k = k_s.index(C + z)
         _, start = gl.broadcast(zero, gl.expand_dims(lse_s.index(stage).load(gl.SliceLayout(0, s_layout)), 0))
@@ -169,6 +266,8 @@ def _key_step(
         dks = add_products(operand, q, q2_s.index(stage), dks, D_SPLIT)
         dq = warpgroup_mma_wait(1, deps=[dq])
         dvs = await_parts(dvs, 1, V_SPLIT)
+        if ORDERED:
+            mbarrier.wait(turn.index(0), it & 1)
         add_to_scratch(dq, thread + before.to(gl.int64) * (BLOCK_Q * D * 4))
     else:
         dks = add_products(operand, q, q2_s.index(stage), dks, D_SPLIT)
@@ -176,7 +275,7 @@ def _key_step(
     dks = await_parts(dks, 0, D_SPLIT)
     barrier()  # all threads have read lse and delta before one of them arrives
     mbarrier.arrive(empty.index(stage), count=1)
-    return dks, dvs
+    return dks, dvs, here
 
 
 @gluon.jit
@@ -203,13 +302,15 @@ def _sum_keys(
     CID: gl.constexpr, outputs, memory, ds_s, barriers, work, addresses,
     KEY_TILES: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
     D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr,
-    SOFTCAP: gl.constexpr, FUSED: gl.constexpr, STATISTICS_FIRST: gl.constexpr, VALUES_FIRST: gl.constexpr,
+    SOFTCAP: gl.constexpr, FUSED: gl.constexpr, ORDERED: gl.constexpr,
+    STATISTICS_FIRST: gl.constexpr, VALUES_FIRST: gl.constexpr,
 ):  # fmt: skip
     """64 rows of keys, or with KEY_TILES 1 all 64 and one half of the head."""
     DK, DV, SCRATCH = outputs
-    SLOTS, ENTRIES = work
+    SLOTS = work[0]
+    ENTRIES = work[1]
     group, dk_token, dk_head, dv_token, dv_head, n_k, query_tiles, inner, outer, scale = addresses
-    kv_full, q_full, g_full, empty, ds_full = barriers
+    kv_full, q_full, g_full, empty, ds_full, turn, words = barriers
     C: gl.constexpr = CID if KEY_TILES == 2 else 0
     HALF: gl.constexpr = CID if KEY_TILES == 1 else 0
     D_SPLIT: gl.constexpr = D2 > 0 and KEY_TILES == 2
@@ -236,25 +337,41 @@ def _sum_keys(
     mbarrier.wait(kv_full.index(0), 0)
     it = 0
     n_entries = last - first
-    for turn in range(n_entries * group):
-        query_head = head * group + turn // n_entries
-        limits_at = ENTRIES + (first + turn % n_entries) * 10
-        begin, left, full, right = load_runs(ENTRIES, first + turn % n_entries)
-        for n in range(left + full + right):
-            column = begin + streamed_tile(n, left, full, right) * BLOCK_Q
-            dks, dvs = _key_step(
-                dks, dvs, it, n < left + right, rows, limits_at, column, inner, outer, thread, before,
+    if ORDERED:
+        for _ in range(gl.load(work[2] + first * 4 + 2) * group):
+            dks, dvs, before = _key_step(
+                dks, dvs, it, True, rows, ENTRIES, 0, inner, outer, thread, before,
                 memory, barriers, ds_s, ds_r, k_r,
                 CID, C, BLOCK_Q, STAGES, D, D2, D_V2, D_SPLIT, V_SPLIT, HALF > 0,
-                s_layout, p_layout, SOFTCAP, FUSED, STATISTICS_FIRST, VALUES_FIRST,
+                s_layout, p_layout, SOFTCAP, FUSED, ORDERED, STATISTICS_FIRST, VALUES_FIRST,
             )  # fmt: skip
-            if FUSED:
-                before = query_head * query_tiles + column // BLOCK_Q
             it += 1
+    else:
+        for turn in range(n_entries * group):
+            query_head = head * group + turn // n_entries
+            limits_at = ENTRIES + (first + turn % n_entries) * 10
+            begin, left, full, right = load_runs(ENTRIES, first + turn % n_entries)
+            for n in range(left + full + right):
+                column = begin + streamed_tile(n, left, full, right) * BLOCK_Q
+                dks, dvs, before = _key_step(
+                    dks, dvs, it, n < left + right, rows, limits_at, column, inner, outer, thread, before,
+                    memory, barriers, ds_s, ds_r, k_r,
+                    CID, C, BLOCK_Q, STAGES, D, D2, D_V2, D_SPLIT, V_SPLIT, HALF > 0,
+                    s_layout, p_layout, SOFTCAP, FUSED, ORDERED, STATISTICS_FIRST, VALUES_FIRST,
+                )  # fmt: skip
+                if FUSED:
+                    before = query_head * query_tiles + column // BLOCK_Q
+                it += 1
     if FUSED:
         mbarrier.wait(ds_full.index(it & 3), (it >> 2) & 1)
         dq = _query_product(ds_r, k_r, it & 3, 0, gl.full([64, 64], 0.0, gl.float32, q_layout), CID, D)
-        add_to_scratch(warpgroup_mma_wait(0, deps=[dq]), thread + before.to(gl.int64) * (BLOCK_Q * D * 4))
+        dq = warpgroup_mma_wait(0, deps=[dq])
+        if ORDERED:
+            mbarrier.wait(turn.index(0), it & 1)
+        add_to_scratch(dq, thread + before.to(gl.int64) * (BLOCK_Q * D * 4))
+    if ORDERED:
+        barrier()
+        mbarrier.arrive(empty.index(it % STAGES), count=1)
     keep = rows < n_k
     dv_at = DV + row0.to(gl.int64) * dv_token + head.to(gl.int64) * dv_head + HALF * D_V
     _add_sums(dv_at, dvs, 1.0, dv_token, keep, D_V, D_V2, V_SPLIT)
@@ -267,15 +384,16 @@ def key_gradient_kernel(
     q_from, q2_from, k_from, k2_from, v_from, v2_from, g_from, g2_from, lse_from, delta_from, DK, DV, SCRATCH,
     SLOTS, COUNTS, ENTRIES, q_head: gl.constexpr, k_head: gl.constexpr, v_head: gl.constexpr, g_head: gl.constexpr,
     dk_token: gl.constexpr, dk_head: gl.constexpr, dv_token: gl.constexpr, dv_head: gl.constexpr,
-    group: gl.constexpr, n_k, padded, query_tiles, inner, outer, scale,
+    group: gl.constexpr, n_k, padded, query_tiles, inner, outer, scale, WALKS, RANKS, COUNTERS,
     D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr, KEY_TILES: gl.constexpr,
-    BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr, FUSED: gl.constexpr, STATISTICS_FIRST: gl.constexpr,
-    VALUES_FIRST: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr, FUSED: gl.constexpr, ORDERED: gl.constexpr,
+    STATISTICS_FIRST: gl.constexpr, VALUES_FIRST: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Grid: one program a (key tile, key head). The group's query heads are looped inside, so dk and dv have one writer.
 
     VALUES_FIRST issues the products of dv before ds is known. FUSED takes up to 3 stages: that q of a step has come then says
-    that what last read the slot of its ds is over.
+    that what last read the slot of its ds is over. ORDERED adds dq in the order of :mod:`distattn.kernels.gluon_order`:
+    then WALKS, RANKS and COUNTERS are its arrays, and the scratch has a tile in front.
     """
     DTYPE: gl.constexpr = q_from.dtype
     k_s = gl.allocate_shared_memory(DTYPE, [KEY_TILES, 64, D], k_from.layout)
@@ -302,6 +420,12 @@ def key_gradient_kernel(
     g_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ds_full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    turn = kv_full
+    words = kv_full
+    if ORDERED:
+        words = gl.allocate_shared_memory(gl.int32, [STAGES * 4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        turn = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+        mbarrier.init(turn.index(0), count=1)
     mbarrier.init(kv_full.index(0), count=1)
     for s in gl.static_range(STAGES):
         mbarrier.init(q_full.index(s), count=1)
@@ -312,8 +436,10 @@ def key_gradient_kernel(
     fence_async_shared()
     descriptors = (q_from, q2_from, k_from, k2_from, v_from, v2_from, g_from, g2_from, lse_from, delta_from)
     memory = (q_s, q2_s, k_s, k2_s, v_s, v2_s, g_s, g2_s, lse_s, delta_s)
-    barriers = (kv_full, q_full, g_full, empty, ds_full)
+    barriers = (kv_full, q_full, g_full, empty, ds_full, turn, words)
     work = (SLOTS, ENTRIES)
+    if ORDERED:
+        work = (SLOTS, ENTRIES, WALKS, RANKS, COUNTERS)
     outputs = (DK, DV, SCRATCH)
     addresses = (group, dk_token, dk_head, dv_token, dv_head, n_k, query_tiles, inner, outer, scale)
     loads = (group, q_head, k_head, v_head, g_head, padded)
@@ -322,10 +448,11 @@ def key_gradient_kernel(
     gl.warp_specialize(
         [
             (_sum_keys, (ZERO, outputs, memory, ds_s, barriers, work, addresses, KEY_TILES, BLOCK_Q, STAGES,
-                         D, D2, D_V, D_V2, SOFTCAP, FUSED, STATISTICS_FIRST, VALUES_FIRST)),
+                         D, D2, D_V, D_V2, SOFTCAP, FUSED, ORDERED, STATISTICS_FIRST, VALUES_FIRST)),
             (_sum_keys, (ONE, outputs, memory, ds_s, barriers, work, addresses, KEY_TILES, BLOCK_Q, STAGES,
-                         D, D2, D_V, D_V2, SOFTCAP, FUSED, STATISTICS_FIRST, VALUES_FIRST)),
-            (_fetch_queries, (descriptors, memory, barriers, work, loads, KEY_TILES, BLOCK_Q, STAGES, D, D2, D_V, D_V2)),
+                         D, D2, D_V, D_V2, SOFTCAP, FUSED, ORDERED, STATISTICS_FIRST, VALUES_FIRST)),
+            (_fetch, (descriptors, memory, barriers, work, loads, query_tiles, KEY_TILES, BLOCK_Q, STAGES,
+                      D, D2, D_V, D_V2, ORDERED)),
         ],
         [4, 4],
         [REGISTERS, PRODUCER_REGISTERS],

@@ -1,0 +1,91 @@
+"""Turns at a tile of dq: programs add to it one after the other, in the order of their numbers, without anybody's products waiting.
+
+Each tile of dq has a counter of the contributions that it got. The warpgroup of loads keeps the turns, so that the consumers
+pay one wait on shared memory a step. When both consumers have released the tile of a step, what they added in that step is
+behind them: the warpgroup of loads counts that contribution, waits until the counter of the next one stands at its rank, and
+says so in shared memory. A contribution is awaited while its products run, and counted while the next one's do.
+
+Why a sum that was counted is seen by the next program's (PTX ISA, memory consistency model; a happens before b where base
+causality order has a before b). (1) 128 threads of a consumer add (``red.relaxed.gpu``), meet at a barrier, and one of them
+arrives on ``empty``; a barrier synchronises its threads, and an arrival is a release and a wait an acquire of the block. (2) The
+thread that waited executes ``fence.acq_rel.gpu`` and adds one to the counter: a release pattern on it, which is cumulative, that
+is, covers what (1) ordered before the fence, other threads' adds among it. (3) Another program's ``ld.acquire.gpu`` that
+reads this one, or a number that later adds made of it (atomic adds keep a release sequence going), synchronises with (2). (4)
+The thread that read it arrives on ``turn``, the consumers wait for that, and add. So (1) happens before (4); overlapping writes in
+causality order stand in that order in coherence order, and an atomic add takes the number that stands before it there. The
+same thread of the same consumer makes all sums of an address inside a program: those keep program order.
+
+Nobody waits for ever: a rank counts contributions of programs with lower numbers, and earlier ones of the same program. Of
+the programs that are not finished the one with the lowest number therefore waits for nobody, and it runs if programs start
+in order of their numbers and one fits: the hardware's own order. No two programs have to be there at once.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+WORD = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # one number, which every thread holds
+
+# By thread 0 of the warpgroup, which is also the one that arrives on barriers.
+_FIRST_THREAD = gl.constexpr("{ .reg .pred p; .reg .b32 v; mov.u32 v, %tid.x; and.b32 v, v, 127; setp.ne.u32 p, v, 0; ")
+_PASS = gl.constexpr("@p bra done; fence.acq_rel.gpu; red.relaxed.gpu.global.add.u32 [$1], 1; done: mov.u32 $0, 0; }")
+_AWAIT = gl.constexpr(
+    "@p bra done; again: ld.acquire.gpu.global.u32 v, [$1]; setp.lt.u32 p, v, $2; @p bra again; done: mov.u32 $0, 0; }"
+)
+
+
+@gluon.jit
+def count_contribution(counter):
+    """All that consumers added before they released the last tile is part of what the counter now counts."""
+    gl.inline_asm_elementwise(_FIRST_THREAD + _PASS, "=r,l", [counter], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def await_rank(counter, rank):
+    """Returns once the counter stands at ``rank``."""
+    gl.inline_asm_elementwise(_FIRST_THREAD + _AWAIT, "=r,l,r", [counter, rank], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def walked_tile(n, walk, count):
+    """The n-th tile that a walk over ``count`` tiles visits: up from ``walk``, or down from ``-1 - walk``, and round the end."""
+    tile = gl.where(walk >= 0, walk + n, -1 - walk - n)
+    tile = gl.where(tile < 0, tile + count, tile)
+    return gl.where(tile >= count, tile - count, tile)
+
+
+@gluon.jit
+def tell(words, place, word):
+    """Leaves a number in shared memory for whoever waits for what is announced next."""
+    words.index(place).store(gl.full([1], word, gl.int32, WORD))
+
+
+@gluon.jit
+def told(words, place):
+    """The number that was left."""
+    return gl.sum(words.index(place).load(WORD), 0)
+
+
+@gluon.jit
+def load_rank(RANKS, at, tile):
+    """Contributions to a tile before an entry's: the same for all its tiles where ``at`` is negative, else from a table."""
+    rank = -1 - at
+    if at >= 0:
+        rank = gl.load(RANKS + at + tile)
+    return rank
+
+
+@gluon.jit
+def keep_turns(it, COUNTERS, due, ranks, turn, STAGES: gl.constexpr):
+    """Once the tile of step ``it - STAGES`` is released: counts what was added in it, then gets the turn of the next step.
+
+    ``due`` and ``ranks`` are the counters of the last steps before ``it`` and what these have to stand at, the latest first. What a
+    step adds is the product of the step before.
+    """
+    if it > STAGES:
+        count_contribution(COUNTERS + due[STAGES])
+    if it >= STAGES:
+        await_rank(COUNTERS + due[STAGES - 1], ranks[STAGES - 1])
+        mbarrier.arrive(turn.index(0), count=1)
