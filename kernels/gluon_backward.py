@@ -24,14 +24,16 @@ from distattn.kernels.gluon_blocks import (
     await_parts,
     barrier,
     hide,
+    load_extent,
     load_item,
+    load_place,
     load_runs,
     product_over_head,
     scratch_places,
     streamed_tile,
     tanh,
 )
-from distattn.kernels.gluon_turns import count_contribution, keep_turns, load_rank, tell, told, walked_tile
+from distattn.kernels.gluon_turns import anew, count_contribution, keep_turns, load_rank, tell, told, walked_tile
 
 
 @gluon.jit
@@ -110,46 +112,41 @@ def _fetch_queries_in_turn(
 ):  # fmt: skip
     """:func:`_fetch_queries` in the order of the walks; keeps the turns at the tiles of dq besides."""
     SLOTS, ENTRIES, WALKS, RANKS, COUNTERS = work
-    group = loads[0]
     kv_full, q_full, g_full, empty, ds_full, turn, words = barriers
-    head, start, first, last = load_item(SLOTS, gl.program_id(0))
+    head, start = load_place(SLOTS, gl.program_id(0))
     _load_keys(descriptors, memory, barriers, loads, head, start, KEY_TILES, D, D2, D_V, D_V2)
-    mbarrier.arrive(turn.index(0), count=1)  # what the first step adds belongs to nobody's tile
+    tell(words, 30, 0)  # what the first step adds belongs to no tile: it goes to the one in front
+    mbarrier.arrive(turn.index(0), count=1)
+    first, last = load_extent(SLOTS, gl.program_id(0))
     it = 0
-    due = (start, start, start, start)  # counters of the last steps, the latest first
-    ranks = (start, start, start)
-    n_entries = last - first
-    for part in range(n_entries * group):
-        query_head = head * group + part // n_entries
-        entry = first + part % n_entries
+    for part in range((last - first) * loads[0]):
+        head, start, first, last = load_item(SLOTS, gl.program_id(0))
+        head = head * loads[0] + part // (last - first)
+        entry = first + part % (last - first)
         begin, left, full, right = load_runs(ENTRIES, entry)
         for n in range(left + full + right):
-            tile = walked_tile(n, gl.load(WALKS + entry * 4), left + full + right)
+            begin, left, full, right = load_runs(ENTRIES, entry)
+            tile = walked_tile(anew(n), gl.load(WALKS + entry * 4), left + full + right)
             row = begin + tile * BLOCK_Q
-            counter = query_head * query_tiles + row // BLOCK_Q
-            slot = it % STAGES * 4
+            query_head = anew(head)
+            slot = (it & 7) * 4
             mbarrier.wait(empty.index(it % STAGES), ((it // STAGES) & 1) ^ 1)
-            tell(words, slot, row)
-            tell(words, slot + 1, ((tile < left) | (tile >= left + full)).to(gl.int32))
-            tell(words, slot + 2, entry * 10)
-            tell(words, slot + 3, counter + 1)  # the first tile of the scratch takes what belongs to none
+            tell(words, slot, gl.where((tile < left) | (tile >= left + full), entry * 10, -1))
+            tell(words, slot + 1, row)
+            tell(words, slot + 2, 1 + query_head * query_tiles + row // BLOCK_Q)
+            tell(words, slot + 3, load_rank(RANKS, gl.load(WALKS + entry * 4 + 1), tile))
             barrier()
             _load_queries(
                 descriptors, memory, barriers, loads, it, query_head, row, BLOCK_Q, STAGES, D, D2, D_V, D_V2
             )  # fmt: skip
-            keep_turns(it, COUNTERS, due, ranks, turn, STAGES)
-            rank = load_rank(RANKS, gl.load(WALKS + entry * 4 + 1), tile)
-            due = (counter, due[0], due[1], due[2])
-            ranks = (rank, ranks[0], ranks[1])
-            it += 1
+            keep_turns(it, COUNTERS, words, turn, STAGES)
+            it = anew(it + 1)
     for _ in range(STAGES):
         mbarrier.wait(empty.index(it % STAGES), ((it // STAGES) & 1) ^ 1)
-        keep_turns(it, COUNTERS, due, ranks, turn, STAGES)
-        due = (due[0], due[0], due[1], due[2])
-        ranks = (ranks[0], ranks[0], ranks[1])
+        keep_turns(it, COUNTERS, words, turn, STAGES)
         it += 1
     mbarrier.wait(empty.index(it % STAGES), ((it // STAGES) & 1) ^ 1)
-    count_contribution(COUNTERS + due[STAGES])
+    count_contribution(COUNTERS, words, it - STAGES - 1)
 
 
 @gluon.jit
@@ -188,8 +185,15 @@ def _query_product(ds_r, k_r, slot, z, zero, CID: gl.constexpr, D: gl.constexpr)
 
 
 @gluon.jit
+def _told_limits(words, it, ENTRIES):
+    """Whether a step is masked, where its limits stand and where its queries begin: read where needed, kept nowhere."""
+    place = told(words, (it & 7) * 4)
+    return place >= 0, ENTRIES + place, told(words, (it & 7) * 4 + 1)
+
+
+@gluon.jit
 def _key_step(
-    dks, dvs, it, masked, rows, limits_at, begin, inner, outer, thread, before, memory, barriers, ds_s, ds_r, k_r,
+    dks, dvs, it, masked, rows, limits_at, begin, inner, outer, thread, before, memory, barriers, ds_s, ds_r, k_r, ENTRIES,
     CID: gl.constexpr, C: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
     D: gl.constexpr, D2: gl.constexpr, D_V2: gl.constexpr,
     D_SPLIT: gl.constexpr, V_SPLIT: gl.constexpr, SECOND_HALF: gl.constexpr,
@@ -213,12 +217,6 @@ def _key_step(
         q = q2_s.index(stage)
         g = g2_s.index(stage)
     mbarrier.wait(q_full.index(stage), lap)
-    here = before
-    if ORDERED:
-        begin = told(words, stage * 4)
-        masked = told(words, stage * 4 + 1) > 0
-        limits_at = limits_at + told(words, stage * 4 + 2)
-        here = told(words, stage * 4 + 3)
     if STATISTICS_FIRST:  # both sums begin at what would be subtracted from them: 64 registers fewer
         k = k_s.index(C + z)
         _, start = gl.broadcast(zero, gl.expand_dims(lse_s.index(stage).load(gl.SliceLayout(0, s_layout)), 0))
@@ -226,11 +224,16 @@ def _key_step(
         mbarrier.wait(g_full.index(stage), lap)
         _, start = gl.broadcast(zero, gl.expand_dims(delta_s.index(stage).load(gl.SliceLayout(0, s_layout)), 0))
         dp = warpgroup_mma(v_s.index(C + z), g_s.index(stage).permute((1, 0)), start, is_async=True)
-        s = hide(warpgroup_mma_wait(1, deps=[products]), float("-inf"), masked, rows, limits_at, begin, BLOCK_Q, s_layout)
+        s = warpgroup_mma_wait(1, deps=[products])
+        if ORDERED:
+            masked, limits_at, begin = _told_limits(words, it, ENTRIES)
+        s = hide(s, float("-inf"), masked, rows, limits_at, begin, BLOCK_Q, s_layout)
         p = gl.exp2(s * inner)
         if VALUES_FIRST:
             dvs = add_products(gl.convert_layout(p.to(DTYPE), p_layout), g, g2_s.index(stage), dvs, V_SPLIT)
         dp = warpgroup_mma_wait(DV_GROUPS, deps=[dp])
+        if ORDERED:
+            masked, limits_at, begin = _told_limits(words, it, ENTRIES)
         ds = hide(p * dp, 0.0, masked, rows, limits_at, begin, BLOCK_Q, s_layout).to(DTYPE)
     else:
         products = product_over_head(k_s.index(C + z), k2_s.index(C + z), q_s.index(stage), q2_s.index(stage), zero, D2 > 0)
@@ -242,6 +245,8 @@ def _key_step(
         if SOFTCAP:
             bent = tanh(s * inner)
             s = bent * outer
+        if ORDERED:
+            masked, limits_at, begin = _told_limits(words, it, ENTRIES)
         s = hide(s, float("-inf"), masked, rows, limits_at, begin, BLOCK_Q, s_layout)
         p = gl.exp2(s * factor - lse)
         if VALUES_FIRST:
@@ -251,6 +256,8 @@ def _key_step(
         ds = p * (dp - delta)
         if SOFTCAP:
             ds = ds * (1.0 - bent * bent)
+        if ORDERED:
+            masked, limits_at, begin = _told_limits(words, it, ENTRIES)
         # garbage behind the mask must not survive as 0 * inf
         ds = hide(ds, 0.0, masked, rows, limits_at, begin, BLOCK_Q, s_layout).to(DTYPE)
     if not VALUES_FIRST:
@@ -268,6 +275,7 @@ def _key_step(
         dvs = await_parts(dvs, 1, V_SPLIT)
         if ORDERED:
             mbarrier.wait(turn.index(0), it & 1)
+            before = told(words, ((it + 7) & 7) * 4 + 2)
         add_to_scratch(dq, thread + before.to(gl.int64) * (BLOCK_Q * D * 4))
     else:
         dks = add_products(operand, q, q2_s.index(stage), dks, D_SPLIT)
@@ -275,7 +283,7 @@ def _key_step(
     dks = await_parts(dks, 0, D_SPLIT)
     barrier()  # all threads have read lse and delta before one of them arrives
     mbarrier.arrive(empty.index(stage), count=1)
-    return dks, dvs, here
+    return dks, dvs
 
 
 @gluon.jit
@@ -339,9 +347,9 @@ def _sum_keys(
     n_entries = last - first
     if ORDERED:
         for _ in range(gl.load(work[2] + first * 4 + 2) * group):
-            dks, dvs, before = _key_step(
+            dks, dvs = _key_step(
                 dks, dvs, it, True, rows, ENTRIES, 0, inner, outer, thread, before,
-                memory, barriers, ds_s, ds_r, k_r,
+                memory, barriers, ds_s, ds_r, k_r, ENTRIES,
                 CID, C, BLOCK_Q, STAGES, D, D2, D_V2, D_SPLIT, V_SPLIT, HALF > 0,
                 s_layout, p_layout, SOFTCAP, FUSED, ORDERED, STATISTICS_FIRST, VALUES_FIRST,
             )  # fmt: skip
@@ -353,9 +361,9 @@ def _sum_keys(
             begin, left, full, right = load_runs(ENTRIES, first + turn % n_entries)
             for n in range(left + full + right):
                 column = begin + streamed_tile(n, left, full, right) * BLOCK_Q
-                dks, dvs, before = _key_step(
+                dks, dvs = _key_step(
                     dks, dvs, it, n < left + right, rows, limits_at, column, inner, outer, thread, before,
-                    memory, barriers, ds_s, ds_r, k_r,
+                    memory, barriers, ds_s, ds_r, k_r, ENTRIES,
                     CID, C, BLOCK_Q, STAGES, D, D2, D_V2, D_SPLIT, V_SPLIT, HALF > 0,
                     s_layout, p_layout, SOFTCAP, FUSED, ORDERED, STATISTICS_FIRST, VALUES_FIRST,
                 )  # fmt: skip
@@ -368,6 +376,7 @@ def _sum_keys(
         dq = warpgroup_mma_wait(0, deps=[dq])
         if ORDERED:
             mbarrier.wait(turn.index(0), it & 1)
+            before = told(words, ((it + 7) & 7) * 4 + 2)
         add_to_scratch(dq, thread + before.to(gl.int64) * (BLOCK_Q * D * 4))
     if ORDERED:
         barrier()
@@ -423,7 +432,7 @@ def key_gradient_kernel(
     turn = kv_full
     words = kv_full
     if ORDERED:
-        words = gl.allocate_shared_memory(gl.int32, [STAGES * 4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        words = gl.allocate_shared_memory(gl.int32, [32, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         turn = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
         mbarrier.init(turn.index(0), count=1)
     mbarrier.init(kv_full.index(0), count=1)

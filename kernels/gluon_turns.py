@@ -37,14 +37,17 @@ _AWAIT = gl.constexpr(
 
 
 @gluon.jit
-def count_contribution(counter):
-    """All that consumers added before they released the last tile is part of what the counter now counts."""
+def count_contribution(COUNTERS, words, it):
+    """Counts what the product of step ``it`` gave, once consumers released the tile that they worked on when they added it."""
+    counter = COUNTERS + told(words, (it & 7) * 4 + 2)
     gl.inline_asm_elementwise(_FIRST_THREAD + _PASS, "=r,l", [counter], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def await_rank(counter, rank):
-    """Returns once the counter stands at ``rank``."""
+def await_rank(COUNTERS, words, it):
+    """Returns once all contributions before that of step ``it`` are counted."""
+    counter = COUNTERS + told(words, (it & 7) * 4 + 2)
+    rank = told(words, (it & 7) * 4 + 3)
     gl.inline_asm_elementwise(_FIRST_THREAD + _AWAIT, "=r,l,r", [counter, rank], dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -54,6 +57,15 @@ def walked_tile(n, walk, count):
     tile = gl.where(walk >= 0, walk + n, -1 - walk - n)
     tile = gl.where(tile < 0, tile + count, tile)
     return gl.where(tile >= count, tile - count, tile)
+
+
+@gluon.jit
+def anew(x):
+    """``x``, which the compiler does not recognise: what follows from it is computed where it is needed and kept nowhere.
+
+    The warpgroup of loads has 24 registers. They are not enough for a counter in every form that a loop uses it in.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -78,14 +90,10 @@ def load_rank(RANKS, at, tile):
 
 
 @gluon.jit
-def keep_turns(it, COUNTERS, due, ranks, turn, STAGES: gl.constexpr):
-    """Once the tile of step ``it - STAGES`` is released: counts what was added in it, then gets the turn of the next step.
-
-    ``due`` and ``ranks`` are the counters of the last steps before ``it`` and what these have to stand at, the latest first. What a
-    step adds is the product of the step before.
-    """
+def keep_turns(it, COUNTERS, words, turn, STAGES: gl.constexpr):
+    """Once the tile of step ``it - STAGES`` is released: counts what was added in it, then gets the turn of its own product."""
     if it > STAGES:
-        count_contribution(COUNTERS + due[STAGES])
+        count_contribution(COUNTERS, words, it - STAGES - 1)
     if it >= STAGES:
-        await_rank(COUNTERS + due[STAGES - 1], ranks[STAGES - 1])
+        await_rank(COUNTERS, words, it - STAGES)
         mbarrier.arrive(turn.index(0), count=1)
