@@ -117,10 +117,10 @@ def _fetch_queries_in_turn(
     _load_keys(descriptors, memory, barriers, loads, head, start, KEY_TILES, D, D2, D_V, D_V2)
     tell(words, 30, 0)  # what the first step adds belongs to no tile: it goes to the one in front
     mbarrier.arrive(turn.index(0), count=1)
-    first, last = load_extent(SLOTS, gl.program_id(0))
+    first, last = load_extent(SLOTS, anew(gl.program_id(0)))
     it = 0
     for part in range((last - first) * loads[0]):
-        head, start, first, last = load_item(SLOTS, gl.program_id(0))
+        head, start, first, last = load_item(SLOTS, anew(gl.program_id(0)))
         head = head * loads[0] + part // (last - first)
         entry = first + part % (last - first)
         begin, left, full, right = load_runs(ENTRIES, entry)
