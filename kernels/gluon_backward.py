@@ -122,9 +122,10 @@ def _fetch_queries_in_turn(
     for part in range((last - first) * loads[0]):
         head, start, first, last = load_item(SLOTS, anew(gl.program_id(0)))
         head = head * loads[0] + part // (last - first)
-        entry = first + part % (last - first)
-        begin, left, full, right = load_runs(ENTRIES, entry)
+        first = first + part % (last - first)
+        begin, left, full, right = load_runs(ENTRIES, first)
         for n in range(left + full + right):
+            entry = anew(first)
             begin, left, full, right = load_runs(ENTRIES, entry)
             tile = walked_tile(anew(n), gl.load(WALKS + entry * 4), left + full + right)
             row = begin + tile * BLOCK_Q
