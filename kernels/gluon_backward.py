@@ -115,11 +115,14 @@ def _fetch_queries_in_turn(
     kv_full, q_full, g_full, empty, ds_full, turn, words = barriers
     head, start = load_place(SLOTS, gl.program_id(0))
     _load_keys(descriptors, memory, barriers, loads, head, start, KEY_TILES, D, D2, D_V, D_V2)
-    tell(words, 30, 0)  # what the first step adds belongs to no tile: it goes to the one in front
-    mbarrier.arrive(turn.index(0), count=1)
+    tell(words, 26, 0)  # what the first step adds belongs to no tile: it goes to the one in front, and its turn comes at once
+    tell(words, 30, 0)
+    tell(words, 31, 0)
     first, last = load_extent(SLOTS, anew(gl.program_id(0)))
     it = 0
-    for part in range((last - first) * loads[0]):
+    part = 0
+    parts = (last - first) * loads[0]
+    while part < parts:
         head, start, first, last = load_item(SLOTS, anew(gl.program_id(0)))
         head = head * loads[0] + part // (last - first)
         first = first + part % (last - first)
@@ -142,6 +145,9 @@ def _fetch_queries_in_turn(
             )  # fmt: skip
             keep_turns(it, COUNTERS, words, turn, STAGES)
             it = anew(it + 1)
+        part += 1
+        first, last = load_extent(SLOTS, anew(gl.program_id(0)))
+        parts = (last - first) * loads[0]
     for _ in range(STAGES):
         mbarrier.wait(empty.index(it % STAGES), ((it // STAGES) & 1) ^ 1)
         keep_turns(it, COUNTERS, words, turn, STAGES)
@@ -382,6 +388,9 @@ def _sum_keys(
     if ORDERED:
         barrier()
         mbarrier.arrive(empty.index(it % STAGES), count=1)
+    if ORDERED:  # read again rather than kept through the loop
+        head, start = load_place(SLOTS, anew(gl.program_id(0)))
+        row0 = start + C * 64
     keep = rows < n_k
     dv_at = DV + row0.to(gl.int64) * dv_token + head.to(gl.int64) * dv_head + HALF * D_V
     _add_sums(dv_at, dvs, 1.0, dv_token, keep, D_V, D_V2, V_SPLIT)

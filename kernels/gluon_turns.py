@@ -92,8 +92,7 @@ def load_rank(RANKS, at, tile):
 @gluon.jit
 def keep_turns(it, COUNTERS, words, turn, STAGES: gl.constexpr):
     """Once the tile of step ``it - STAGES`` is released: counts what was added in it, then gets the turn of its own product."""
-    if it > STAGES:
+    if it >= STAGES - 1:
         count_contribution(COUNTERS, words, it - STAGES - 1)
-    if it >= STAGES:
         await_rank(COUNTERS, words, it - STAGES)
         mbarrier.arrive(turn.index(0), count=1)
