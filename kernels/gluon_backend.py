@@ -232,7 +232,7 @@ class GluonBackend:
         block_q = self._row(self._kind, q.shape[2], q.shape[2]).block_q
         tiles, size = -(-q.shape[0] // block_q), block_q * q.shape[2]
         n = (q.shape[1] * tiles + ordered) * size
-        scratch = torch.zeros(n + q.shape[1] * tiles * ordered, dtype=torch.float32, device=q.device)
+        scratch = torch.zeros(n + (q.shape[1] * tiles + 1) * ordered, dtype=torch.float32, device=q.device)
         counters = scratch[n:].view(torch.int32) if ordered else None
         self._key_gradients(self._kind, inputs, bands, scores, dk, dv, scratch, counters)
         with _on(q.device):

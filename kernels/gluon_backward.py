@@ -33,7 +33,7 @@ from distattn.kernels.gluon_blocks import (
     streamed_tile,
     tanh,
 )
-from distattn.kernels.gluon_turns import anew, count_contribution, keep_turns, load_rank, tell, told, walked_tile
+from distattn.kernels.gluon_turns import anew, count_contribution, keep_turns, tell, told, walked_tile
 
 
 @gluon.jit
@@ -117,7 +117,8 @@ def _fetch_queries_in_turn(
     _load_keys(descriptors, memory, barriers, loads, head, start, KEY_TILES, D, D2, D_V, D_V2)
     tell(words, 26, 0)  # what the first step adds belongs to no tile: it goes to the one in front, and its turn comes at once
     tell(words, 30, 0)
-    tell(words, 31, 0)
+    tell(words, 27, -1)
+    tell(words, 31, -1)
     first, last = load_extent(SLOTS, anew(gl.program_id(0)))
     it = 0
     part = 0
@@ -138,19 +139,20 @@ def _fetch_queries_in_turn(
             tell(words, slot, gl.where((tile < left) | (tile >= left + full), entry * 10, -1))
             tell(words, slot + 1, row)
             tell(words, slot + 2, 1 + query_head * query_tiles + row // BLOCK_Q)
-            tell(words, slot + 3, load_rank(RANKS, gl.load(WALKS + entry * 4 + 1), tile))
+            at = gl.load(WALKS + entry * 4 + 1)  # of the ranks of the entry, or the one that all its tiles have, as -1 - rank
+            tell(words, slot + 3, gl.where(at >= 0, at + tile, at))
             barrier()
             _load_queries(
                 descriptors, memory, barriers, loads, it, query_head, row, BLOCK_Q, STAGES, D, D2, D_V, D_V2
             )  # fmt: skip
-            keep_turns(it, COUNTERS, words, turn, STAGES)
+            keep_turns(it, COUNTERS, RANKS, words, turn, STAGES)
             it = anew(it + 1)
         part += 1
         first, last = load_extent(SLOTS, anew(gl.program_id(0)))
         parts = (last - first) * loads[0]
     for _ in range(STAGES):
         mbarrier.wait(empty.index(it % STAGES), ((it // STAGES) & 1) ^ 1)
-        keep_turns(it, COUNTERS, words, turn, STAGES)
+        keep_turns(it, COUNTERS, RANKS, words, turn, STAGES)
         it += 1
     mbarrier.wait(empty.index(it % STAGES), ((it // STAGES) & 1) ^ 1)
     count_contribution(COUNTERS, words, it - STAGES - 1)

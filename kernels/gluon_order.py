@@ -20,6 +20,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from distattn.kernels.gluon_schedule import OVERHEAD, Schedule
 from distattn.kernels.tiles import LEFT, START, TileTable, upload
 
 STANDSTILL = 0.005  # of a launch's steps that programs may stand still while they set out
@@ -115,3 +116,29 @@ def heads_at_once(table: TileTable, heads: int, section: int, group: int, proces
         if heads // together * sharing <= STANDSTILL * steps:
             return together
     return heads
+
+
+def waits(
+    made: Order, plan: Schedule, block_q: int, group: int, processors: int, step: float, latency: float, overhead: float = OVERHEAD
+) -> float:
+    """When the last program of an ordered launch ends, simulated: programs start in order, each where one is free first.
+
+    A program adds what a step made ``step`` after the one before at the earliest, and not before its turn, which comes ``latency``
+    after the contribution before it was added (-inf: nobody waits). Lower numbers alone are waited for, so one pass is enough.
+
+    Args:
+        group: query heads that a program of a key head works on, one after the other.
+        overhead: of a program beyond its steps, in steps.
+    """
+    visits = {int(made.table.ptr[place]): made.visits(place, block_q) for place in range(made.table.n_work)}
+    tiles = 1 + max(int(mine.max()) for mine in visits.values())
+    turns = np.full((int(plan.slots[:, 0].max()) + 1) * group * tiles, -np.inf)
+    free = [0.0] * processors
+    for head, _, first, _ in plan.slots.tolist():
+        members = np.arange(head * group, (head + 1) * group).reshape(-1, 1) * tiles
+        places = (members + visits[first]).reshape(-1)
+        pace = np.arange(1, len(places) + 1) * step
+        added = pace + np.maximum.accumulate(np.maximum(free[0], turns[places] - pace))
+        turns[places] = added + latency
+        heapq.heapreplace(free, float(added[-1]) + overhead * step)
+    return max(free)

@@ -44,10 +44,13 @@ def count_contribution(COUNTERS, words, it):
 
 
 @gluon.jit
-def await_rank(COUNTERS, words, it):
+def await_rank(COUNTERS, RANKS, words, it):
     """Returns once all contributions before that of step ``it`` are counted."""
+    at = told(words, (it & 7) * 4 + 3)
+    rank = -1 - at
+    if at >= 0:
+        rank = gl.load(RANKS + at)
     counter = COUNTERS + told(words, (it & 7) * 4 + 2)
-    rank = told(words, (it & 7) * 4 + 3)
     gl.inline_asm_elementwise(_FIRST_THREAD + _AWAIT, "=r,l,r", [counter, rank], dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -81,18 +84,9 @@ def told(words, place):
 
 
 @gluon.jit
-def load_rank(RANKS, at, tile):
-    """Contributions to a tile before an entry's: the same for all its tiles where ``at`` is negative, else from a table."""
-    rank = -1 - at
-    if at >= 0:
-        rank = gl.load(RANKS + at + tile)
-    return rank
-
-
-@gluon.jit
-def keep_turns(it, COUNTERS, words, turn, STAGES: gl.constexpr):
+def keep_turns(it, COUNTERS, RANKS, words, turn, STAGES: gl.constexpr):
     """Once the tile of step ``it - STAGES`` is released: counts what was added in it, then gets the turn of its own product."""
     if it >= STAGES - 1:
         count_contribution(COUNTERS, words, it - STAGES - 1)
-        await_rank(COUNTERS, words, it - STAGES)
+        await_rank(COUNTERS, RANKS, words, it - STAGES)
         mbarrier.arrive(turn.index(0), count=1)

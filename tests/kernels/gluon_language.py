@@ -216,7 +216,7 @@ class Kernel:
         def launch(*arguments: Any, num_warps: int, maxnreg: int | None = None, **named: Any) -> None:
             inside = [_argument(x) for x in arguments]
             ordered = bool(named.get("ORDERED"))
-            resident = 1 + self.seed % 5 if ordered else 1
+            resident = 1 + self.seed % 5 if named.get("FUSED") else 1
             made = Grid(grid[0], resident, self.seed * 1000, ordered, lambda machine: self.function(*inside, **named))
             current[:] = [made, Launch()]
             made.run()

@@ -14,9 +14,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs triton's compiler, and this process interprets", allow_module_level=True)
 
 from distattn.kernels.gluon_ahead_of_time import CALLS, KINDS, Case, Compiled, all_cases, compile_case, record  # noqa: E402
-from distattn.kernels.gluon_launch import FORWARD, FUSED, KEYS, QUERIES, ROWS, SCRATCH  # noqa: E402
+from distattn.kernels.gluon_launch import FORWARD, FUSED, KEYS, ORDERED, QUERIES, ROWS, SCRATCH  # noqa: E402
 
-# 10 compilations; everything else is in the long tier.
+# 12 compilations; everything else is in the long tier.
 SHORT = [
     Case(FORWARD, 128, 128),
     Case(FORWARD, 128, 128, "state", softcap=True),
@@ -27,6 +27,8 @@ SHORT = [
     Case(QUERIES, 256, 256),
     Case(FUSED, 64, 64),
     Case(FUSED, 128, 128),
+    Case(ORDERED, 64, 64),
+    Case(ORDERED, 128, 128),
     Case(KEYS, 256, 256),
 ]
 
@@ -96,6 +98,8 @@ def test_what_is_compiled_is_what_is_launched() -> None:
     assert record(Case(KEYS, 128, 128, softcap=True)).named["BLOCK_Q"] < record(Case(KEYS, 128, 128)).named["BLOCK_Q"]
     assert record(Case(KEYS, 256, 256)).named["KEY_TILES"] == 1
     assert record(Case(SCRATCH, 128, 128)).named["D"] == 128
+    ordered, fused = (record(Case(kind, 128, 128)).named for kind in (ORDERED, FUSED))
+    assert ordered["ORDERED"] and ordered["FUSED"] and {**ordered, "ORDERED": False} == fused
 
 
 def test_registers_fit_into_a_multiprocessor() -> None:
