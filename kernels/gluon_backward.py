@@ -121,19 +121,15 @@ def _fetch_queries_in_turn(
     tell(words, 31, -1)
     first, last = load_extent(SLOTS, anew(gl.program_id(0)))
     it = 0
-    part = 0
-    parts = (last - first) * loads[0]
-    while part < parts:
-        head, start, first, last = load_item(SLOTS, anew(gl.program_id(0)))
-        head = head * loads[0] + part // (last - first)
-        first = first + part % (last - first)
+    while first < last:
         begin, left, full, right = load_runs(ENTRIES, first)
-        for n in range(left + full + right):
+        for n in range((left + full + right) * loads[0]):  # the group's heads one after the other at every tile
             entry = anew(first)
             begin, left, full, right = load_runs(ENTRIES, entry)
-            tile = walked_tile(anew(n), gl.load(WALKS + entry * 4), left + full + right)
+            tile = walked_tile(anew(n) // loads[0], gl.load(WALKS + entry * 4), left + full + right)
             row = begin + tile * BLOCK_Q
-            query_head = anew(head)
+            head, start = load_place(SLOTS, anew(gl.program_id(0)))
+            query_head = head * loads[0] + anew(n) % loads[0]
             slot = (it & 7) * 4
             mbarrier.wait(empty.index(it % STAGES), ((it // STAGES) & 1) ^ 1)
             tell(words, slot, gl.where((tile < left) | (tile >= left + full), entry * 10, -1))
@@ -147,9 +143,8 @@ def _fetch_queries_in_turn(
             )  # fmt: skip
             keep_turns(it, COUNTERS, RANKS, words, turn, STAGES)
             it = anew(it + 1)
-        part += 1
-        first, last = load_extent(SLOTS, anew(gl.program_id(0)))
-        parts = (last - first) * loads[0]
+        _, last = load_extent(SLOTS, anew(gl.program_id(0)))
+        first += 1
     for _ in range(STAGES):
         mbarrier.wait(empty.index(it % STAGES), ((it // STAGES) & 1) ^ 1)
         keep_turns(it, COUNTERS, RANKS, words, turn, STAGES)

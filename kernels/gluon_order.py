@@ -127,7 +127,7 @@ def waits(
     after the contribution before it was added (-inf: nobody waits). Lower numbers alone are waited for, so one pass is enough.
 
     Args:
-        group: query heads that a program of a key head works on, one after the other.
+        group: query heads that a program of a key head works on, one after the other at every tile.
         overhead: of a program beyond its steps, in steps.
     """
     visits = {int(made.table.ptr[place]): made.visits(place, block_q) for place in range(made.table.n_work)}
@@ -135,8 +135,8 @@ def waits(
     turns = np.full((int(plan.slots[:, 0].max()) + 1) * group * tiles, -np.inf)
     free = [0.0] * processors
     for head, _, first, _ in plan.slots.tolist():
-        members = np.arange(head * group, (head + 1) * group).reshape(-1, 1) * tiles
-        places = (members + visits[first]).reshape(-1)
+        members = np.arange(head * group, (head + 1) * group) * tiles
+        places = (visits[first].reshape(-1, 1) + members).reshape(-1)
         pace = np.arange(1, len(places) + 1) * step
         added = pace + np.maximum.accumulate(np.maximum(free[0], turns[places] - pace))
         turns[places] = added + latency
