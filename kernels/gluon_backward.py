@@ -115,10 +115,8 @@ def _fetch_queries_in_turn(
     kv_full, q_full, g_full, empty, ds_full, turn, words = barriers
     head, start = load_place(SLOTS, gl.program_id(0))
     _load_keys(descriptors, memory, barriers, loads, head, start, KEY_TILES, D, D2, D_V, D_V2)
-    tell(words, 26, 0)  # what the first step adds belongs to no tile: it goes to the one in front, and its turn comes at once
-    tell(words, 30, 0)
-    tell(words, 27, -1)
-    tell(words, 31, -1)
+    tell(words, 30, 0)  # what the first step adds belongs to no tile: it goes to the one in front, and its turn comes at once
+    mbarrier.arrive(turn.index(0), count=1)
     first, last = load_extent(SLOTS, anew(gl.program_id(0)))
     it = 0
     while first < last:
@@ -385,7 +383,7 @@ def _sum_keys(
     if ORDERED:
         barrier()
         mbarrier.arrive(empty.index(it % STAGES), count=1)
-    if ORDERED:  # read again rather than kept through the loop
+        # read again rather than kept through the loop
         head, start = load_place(SLOTS, anew(gl.program_id(0)))
         row0 = start + C * 64
     keep = rows < n_k

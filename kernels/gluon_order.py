@@ -31,8 +31,8 @@ class Order:
     """How programs walk and what they wait for; the same in every head.
 
     ``table``: its entries stand in the order in which a program works on them.
-    ``walks`` int32 [n_entries, 4]: where the walk over the tiles of an entry begins (up from it, or as ``-1 - first`` down from it,
-    and round the end); its ranks: ``-1 - rank`` where all its tiles have the same, else where they begin in ``ranks``; in the
+    ``walks`` int32 [n_entries, 4]: where the walk over the tiles of an entry begins (up from it, or as ``-1 - first`` down, and
+    round the end); its ranks: ``-1 - rank`` where all its tiles have the same, else where they begin in ``ranks``; in the
     first entry of a stationary tile the tiles of all its entries.
     ``ranks`` int32: contributions to a tile of dq before this one, by entry and tile.
     """
@@ -119,12 +119,19 @@ def heads_at_once(table: TileTable, heads: int, section: int, group: int, proces
 
 
 def waits(
-    made: Order, plan: Schedule, block_q: int, group: int, processors: int, step: float, latency: float, overhead: float = OVERHEAD
+    made: Order,
+    plan: Schedule,
+    block_q: int,
+    group: int,
+    processors: int,
+    step: float,
+    latency: float,
+    overhead: float = OVERHEAD,
 ) -> float:
     """When the last program of an ordered launch ends, simulated: programs start in order, each where one is free first.
 
-    A program adds what a step made ``step`` after the one before at the earliest, and not before its turn, which comes ``latency``
-    after the contribution before it was added (-inf: nobody waits). Lower numbers alone are waited for, so one pass is enough.
+    A program adds what a step made ``step`` after the one before at the earliest, and not before its turn, which comes
+    ``latency`` after the contribution before it was added (-inf: nobody waits). Waits are for lower numbers: one pass will do.
 
     Args:
         group: query heads that a program of a key head works on, one after the other at every tile.

@@ -1,23 +1,22 @@
-"""Turns at a tile of dq: programs add to it one after the other, in the order of their numbers, without anybody's products waiting.
+"""Turns at a tile of dq: programs add to it one after the other, in the order of their numbers, and no product waits for it.
 
 Each tile of dq has a counter of the contributions that it got. The warpgroup of loads keeps the turns, so that the consumers
 pay one wait on shared memory a step. When both consumers have released the tile of a step, what they added in that step is
 behind them: the warpgroup of loads counts that contribution, waits until the counter of the next one stands at its rank, and
 says so in shared memory. A contribution is awaited while its products run, and counted while the next one's do.
 
-Why a sum that was counted is seen by the next program's (PTX ISA, memory consistency model; a happens before b where base
-causality order has a before b). (1) 128 threads of a consumer add (``red.relaxed.gpu``), meet at a barrier, and one of them
-arrives on ``empty``; a barrier synchronises its threads, and an arrival is a release and a wait an acquire of the block. (2) The
-thread that waited executes ``fence.acq_rel.gpu`` and adds one to the counter: a release pattern on it, which is cumulative, that
-is, covers what (1) ordered before the fence, other threads' adds among it. (3) Another program's ``ld.acquire.gpu`` that
-reads this one, or a number that later adds made of it (atomic adds keep a release sequence going), synchronises with (2). (4)
-The thread that read it arrives on ``turn``, the consumers wait for that, and add. So (1) happens before (4); overlapping writes in
-causality order stand in that order in coherence order, and an atomic add takes the number that stands before it there. The
-same thread of the same consumer makes all sums of an address inside a program: those keep program order.
+Why the next program adds to a sum that holds what was counted (PTX ISA, memory consistency model). (1) 128 threads of a
+consumer add (``red.relaxed.gpu``), meet at a barrier, and one arrives on ``empty``: a barrier synchronises its threads, an
+arrival is a release of the block, and a wait an acquire. (2) A thread that waited executes ``fence.acq_rel.gpu`` and adds one to
+the counter. That is a release pattern, and causality order is transitive: it covers what (1) ordered before the fence, other
+threads' adds among it. (3) Another program's ``ld.acquire.gpu`` that reads this number, or one that later atomic adds made of it,
+synchronises with (2). (4) The thread that read it arrives on ``turn``, the consumers wait for that, and add. So (1) precedes (4)
+in causality order; coherence order agrees with that for overlapping writes, and an atomic add takes the number that stands
+before it there. Inside of a program the same thread makes all sums of an address, in program order.
 
 Nobody waits for ever: a rank counts contributions of programs with lower numbers, and earlier ones of the same program. Of
-the programs that are not finished the one with the lowest number therefore waits for nobody, and it runs if programs start
-in order of their numbers and one fits: the hardware's own order. No two programs have to be there at once.
+the programs that are not finished the one with the lowest number therefore waits for nobody else, and it runs if programs start
+in the order of their numbers and one fits, as they do on the hardware. No two programs have to be there at once.
 """
 
 from __future__ import annotations
@@ -28,11 +27,14 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 WORD = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # one number, which every thread holds
 
-# By thread 0 of the warpgroup, which is also the one that arrives on barriers.
-_FIRST_THREAD = gl.constexpr("{ .reg .pred p; .reg .b32 v; mov.u32 v, %tid.x; and.b32 v, v, 127; setp.ne.u32 p, v, 0; ")
-_PASS = gl.constexpr("@p bra done; fence.acq_rel.gpu; red.relaxed.gpu.global.add.u32 [$1], 1; done: mov.u32 $0, 0; }")
+# One thread of the warpgroup awaits turns: the one that arrives on barriers. Another warp's counts, so that neither is late.
+_THREAD = gl.constexpr("{ .reg .pred p; .reg .b32 v; mov.u32 v, %tid.x; and.b32 v, v, 127; ")
+_COUNT = gl.constexpr(
+    "setp.ne.u32 p, v, 32; @p bra done; fence.acq_rel.gpu; red.relaxed.gpu.global.add.u32 [$1], 1; done: mov.u32 $0, 0; }"
+)
 _AWAIT = gl.constexpr(
-    "@p bra done; again: ld.acquire.gpu.global.u32 v, [$1]; setp.lt.u32 p, v, $2; @p bra again; done: mov.u32 $0, 0; }"
+    "setp.ne.u32 p, v, 0; @p bra done; again: ld.acquire.gpu.global.u32 v, [$1]; setp.lt.u32 p, v, $2; @p bra again; "
+    "done: mov.u32 $0, 0; }"
 )
 
 
@@ -40,7 +42,7 @@ _AWAIT = gl.constexpr(
 def count_contribution(COUNTERS, words, it):
     """Counts what the product of step ``it`` gave, once consumers released the tile that they worked on when they added it."""
     counter = COUNTERS + told(words, (it & 7) * 4 + 2)
-    gl.inline_asm_elementwise(_FIRST_THREAD + _PASS, "=r,l", [counter], dtype=gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise(_THREAD + _COUNT, "=r,l", [counter], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -51,7 +53,7 @@ def await_rank(COUNTERS, RANKS, words, it):
     if at >= 0:
         rank = gl.load(RANKS + at)
     counter = COUNTERS + told(words, (it & 7) * 4 + 2)
-    gl.inline_asm_elementwise(_FIRST_THREAD + _AWAIT, "=r,l,r", [counter, rank], dtype=gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise(_THREAD + _AWAIT, "=r,l,r", [counter, rank], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -86,7 +88,8 @@ def told(words, place):
 @gluon.jit
 def keep_turns(it, COUNTERS, RANKS, words, turn, STAGES: gl.constexpr):
     """Once the tile of step ``it - STAGES`` is released: counts what was added in it, then gets the turn of its own product."""
-    if it >= STAGES - 1:
+    if it > STAGES:
         count_contribution(COUNTERS, words, it - STAGES - 1)
+    if it >= STAGES:
         await_rank(COUNTERS, RANKS, words, it - STAGES)
         mbarrier.arrive(turn.index(0), count=1)

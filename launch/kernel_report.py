@@ -31,7 +31,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--head", nargs="+", default=HEADS, metavar="D[:D_v]", help=f"head sizes (default: {' '.join(HEADS)})")
     parser.add_argument("--dtype", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp16", "fp32"])
     parser.add_argument(
-        "--kernel", nargs="+", default=["forward", "key_gradient", "query_gradient"], help="--gluon also knows fused_gradient and ordered_gradient"
+        "--kernel",
+        nargs="+",
+        default=["forward", "key_gradient", "query_gradient"],
+        help="--gluon also knows fused_gradient and ordered_gradient",
     )
     parser.add_argument("--softcap", action="store_true", help="the variants with a softcap")
     parser.add_argument("--gluon", action="store_true", help="the Hopper kernels instead: all variants of --kernel and --head")

@@ -20,9 +20,7 @@ WAYS = ("up", "down", "ordered")  # walks upwards and downwards with the fused k
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "kernel_waits.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser("kernel_waits.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--step", type=float, default=2.3, help="microseconds of a step when nobody waits (default: 2.3)")
     parser.add_argument("--latency", type=float, nargs="+", default=[0.7, 1.5, 3.0], help="microseconds (default: 0.7 1.5 3.0)")
     parser.add_argument("--processors", type=int, default=132, help="multiprocessors (default: 132, of an H100 or H200)")
@@ -59,7 +57,7 @@ def simulate(case: Case, step: float, latencies: list[float], processors: int) -
     section = heads_per_section(heads, heads, group * n * (case.d + case.d_v) * 2)
     together = heads_at_once(table, heads, section, group, processors)
     plans = {"up": (False, section), "down": (True, section), "ordered": (None, together)}
-    found = {}
+    found: dict[str, list[float]] = {}
     for way in WAYS:
         down, at_once = plans[way]
         made = order(table, block_q, down)

@@ -120,7 +120,7 @@ def add_to_scratch(x: Value, address: Address) -> None:
 
 
 def _assembly(text: str, constraints: str, arguments: list[Any], **options: Any) -> Any:
-    """The inline assembly of :mod:`distattn.kernels.gluon_turns`: a copy, a count behind a fence or not, a wait with acquire or not."""
+    """The inline assembly of :mod:`distattn.kernels.gluon_turns`: a copy, a count (fenced?), a wait (acquiring?)."""
     if text == "mov.b32 $0, $1;":
         return arguments[0]
     pointer = arguments[0]

@@ -1,7 +1,8 @@
 """A multiprocessor for tests: partitions, barriers, asynchronous copies and products, and a detector of races between them.
 
-The partitions of all programs are threads of which one runs at a time (:mod:`tests.kernels.gluon_grid`); who goes on is drawn at
-every operation that synchronises, and copies complete whenever the draw says so. That explores orders; it is not what finds missing waits.
+The partitions of all programs are threads of which one runs at a time (:mod:`tests.kernels.gluon_grid`); who goes on is drawn
+at every operation that synchronises, and copies complete whenever the draw says so. That explores orders; it is not what
+finds missing waits.
 Every access to shared memory is checked against vector clocks: an access that no chain of waits orders after an earlier
 conflicting one is an error in whatever order the two happened to run. So are deadlocks, copies that nobody announced, accesses
 of several threads published by one of them, and products that are read before they were awaited.

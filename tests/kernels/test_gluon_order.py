@@ -1,4 +1,4 @@
-"""The order in which dq is added: ranks are what they say, nobody waits for a higher number, and waits are short where they can be."""
+"""The order in which dq is added: ranks count lower numbers alone, everybody comes to an end, and waits are short."""
 
 from __future__ import annotations
 
