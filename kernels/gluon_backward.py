@@ -357,10 +357,10 @@ def _sum_keys(
             )  # fmt: skip
             it += 1
     else:
-        for turn in range(n_entries * group):
-            query_head = head * group + turn // n_entries
-            limits_at = ENTRIES + (first + turn % n_entries) * 10
-            begin, left, full, right = load_runs(ENTRIES, first + turn % n_entries)
+        for part in range(n_entries * group):
+            query_head = head * group + part // n_entries
+            limits_at = ENTRIES + (first + part % n_entries) * 10
+            begin, left, full, right = load_runs(ENTRIES, first + part % n_entries)
             for n in range(left + full + right):
                 column = begin + streamed_tile(n, left, full, right) * BLOCK_Q
                 dks, dvs = _key_step(
