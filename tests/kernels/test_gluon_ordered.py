@@ -117,7 +117,7 @@ MUTANTS = {
         "race: nothing orders what|gone by|deadlock",
     ),
     "the last turn is passed on before its sums are added": (
-        "gluon_backward",
+        "gluon_loads",
         "    mbarrier.wait(empty.index(it % STAGES), ((it // STAGES) & 1) ^ 1)\n    count_contribution",
         "    count_contribution",
         "race: nothing orders what",
@@ -137,19 +137,19 @@ MUTANTS = {
     "ranks are one too low": ("gluon_turns", "    rank = -1 - at\n", "    rank = -2 - at\n", "race: nothing orders what|gone by"),
     "ranks are one too high": ("gluon_turns", "    rank = -1 - at\n", "    rank = 0 - at\n", "deadlock|gone by"),
     "heads share their counters": (
-        "gluon_backward",
+        "gluon_loads",
         "tell(words, slot + 2, 1 + query_head * query_tiles",
         "tell(words, slot + 2, 1 + query_head * 0",
         "gone by|relative L2|race",
     ),
     "a word is told late": (
-        "gluon_backward",
+        "gluon_loads",
         "            barrier()\n            _load_queries(",
         "            _load_queries(",
         "race",
     ),
     "words are overwritten while they are read": (
-        "gluon_backward",
+        "gluon_loads",
         "slot = (it & 7) * 4",
         "slot = (it & 1) * 4",
         "race|gone by|deadlock|relative L2|outside",
