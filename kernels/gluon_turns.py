@@ -27,10 +27,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 WORD = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # one number, which every thread holds
 
-# One thread of the warpgroup awaits turns: the one that arrives on barriers. Another warp's counts, so that neither is late.
+# By the thread of the warpgroup that arrives on barriers. Counting in another warp, beside the wait, costs one register too many.
 _THREAD = gl.constexpr("{ .reg .pred p; .reg .b32 v; mov.u32 v, %tid.x; and.b32 v, v, 127; ")
 _COUNT = gl.constexpr(
-    "setp.ne.u32 p, v, 32; @p bra done; fence.acq_rel.gpu; red.relaxed.gpu.global.add.u32 [$1], 1; done: mov.u32 $0, 0; }"
+    "setp.ne.u32 p, v, 0; @p bra done; fence.acq_rel.gpu; red.relaxed.gpu.global.add.u32 [$1], 1; done: mov.u32 $0, 0; }"
 )
 _AWAIT = gl.constexpr(
     "setp.ne.u32 p, v, 0; @p bra done; again: ld.acquire.gpu.global.u32 v, [$1]; setp.lt.u32 p, v, $2; @p bra again; "
