@@ -29,10 +29,10 @@ from distattn.kernels.gluon_ahead_of_time import (  # noqa: E402
     record,
     version,
 )
-from distattn.kernels.gluon_launch import ADD, FORWARD, FUSED, KEYS, MERGE, QUERIES, ROWS, SCRATCH  # noqa: E402
+from distattn.kernels.gluon_launch import ADD, FORWARD, FUSED, KEYS, MERGE, ORDERED, QUERIES, ROWS, SCRATCH  # noqa: E402
 from distattn.launch import kernel_report  # noqa: E402
 
-# 15 compilations; everything else is in the long tier.
+# 17 compilations; everything else is in the long tier.
 SHORT = [
     Case(FORWARD, 128, 128),
     Case(FORWARD, 128, 128, "state", softcap=True),
@@ -45,6 +45,8 @@ SHORT = [
     Case(QUERIES, 256, 256),
     Case(FUSED, 64, 64),
     Case(FUSED, 128, 128),
+    Case(ORDERED, 64, 64),
+    Case(ORDERED, 128, 128),
     Case(KEYS, 256, 256),
     Case(FORWARD, 128, 128, "state", pieces=True),
     Case(KEYS, 128, 128, pieces=True),
@@ -192,6 +194,8 @@ def test_what_is_compiled_is_what_is_launched() -> None:
     assert resumed.named["STATE"] and not resumed.named["ALL_ROWS"] and final.named["ALL_ROWS"]
     assert resumed.arguments[0].dtype == torch.float32 and final.arguments[0].dtype == torch.bfloat16
     assert [record(Case(ADD, 192, 128, call)).named["D_Y"] for call in ("out", "last")] == [128, 0]
+    ordered, fused = (record(Case(kind, 128, 128)).named for kind in (ORDERED, FUSED))
+    assert ordered["ORDERED"] and ordered["FUSED"] and {**ordered, "ORDERED": False} == fused
 
 
 def test_registers_fit_into_a_multiprocessor() -> None:
