@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distattn.kernels.bands import INF, Band, Bands
+from distattn.kernels.gluon_launch import FUSED, ORDERED, ROWS
 from distattn.kernels.gluon_order import Order, goes_down, heads_at_once, order, waits
+from distattn.kernels.gluon_plans import Shape, costs_of_cutting, plan
 from distattn.kernels.gluon_schedule import schedule
 from distattn.kernels.tiles import LEFT, START, TileTable, tile_table
 from tests.kernels.cases import DOCUMENTS, GAPS, unions
@@ -123,6 +125,19 @@ def test_the_wait_of_one_chain_by_hand() -> None:
     assert waits(made, plan, 64, 1, 2, 1.0, 0.25, overhead=0.0) == pytest.approx(2 + 1.25 - 1)
     assert waits(made, plan, 64, 1, 2, 1.0, 3.0, overhead=0.0) == pytest.approx(2 + 3.0)
     assert waits(made, plan, 64, 1, 1, 1.0, 0.25, overhead=0.0) == pytest.approx(4.0)
+
+
+def test_launches_that_wait_are_whole_and_in_the_order_of_their_numbers() -> None:
+    row, shape = ROWS[ORDERED][128, 128], Shape(4096, 4096, 16, 8, 128, 128)
+    made = plan(ORDERED, row, shape, CAUSAL, 12, None, 64)
+    assert made.work and made.order is order(table_of(CAUSAL), 64) and made.table is made.order.table
+    assert plan(FUSED, row, shape, CAUSAL, 12, None, 64).order is None
+    assert made.work.programs == len(made.work.slots) == 8 * made.table.n_work and made.work.pieces == 0
+    for head in range(8):  # ranks count the places of the table
+        mine = made.work.slots[made.work.slots[:, 0] == head]
+        assert mine[:, 2].tolist() == made.table.ptr[: made.table.n_work].tolist()
+    with pytest.raises(AssertionError, match="whole items"):
+        plan(ORDERED, row, shape, CAUSAL, 12, costs_of_cutting(ORDERED, row, shape), 64)
 
 
 def test_uploaded_once() -> None:
