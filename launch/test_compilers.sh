@@ -21,7 +21,7 @@ cd "$root"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 # Compilations, the interpreter, and the Hopper kernels in the emulator: all that asks triton for anything.
-tests=(tests/kernels/test_{gluon_ahead_of_time,ahead_of_time,triton,gluon,gluon_ordered}.py)
+tests=(tests/kernels/test_{gluon_ahead_of_time,ahead_of_time,triton,gluon}.py)
 
 # install_triton VERSION: into $folder, unless it is there.
 install_triton() {
