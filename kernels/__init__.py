@@ -8,8 +8,9 @@ from torch import Tensor
 
 from distattn.kernels.contract import Backend, Scores
 
-RANKING = ("gluon", "gluon_fused", "cudnn", "flash", "triton", "aten", "reference")  # fastest first
-ON_DEMAND = ("gluon_fused", "cudnn", "flash")  # only by name or by a table: they round, or sum in no fixed order
+RANKING = ("gluon", "gluon_ordered", "gluon_fused", "cudnn", "flash", "triton", "aten", "reference")  # fastest first
+# Only by name or by a table: they round, sum in no fixed order, or are not known to be faster.
+ON_DEMAND = ("gluon_ordered", "gluon_fused", "cudnn", "flash")
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,10 @@ class Choice:
 
 def load(name: str) -> Backend:
     """The backend called ``name``. Backends are imported here and not before; none needs its package to be imported."""
-    if name in ("gluon", "gluon_fused"):
+    if name in ("gluon", "gluon_ordered", "gluon_fused"):
         from distattn.kernels.gluon_backend import GluonBackend
 
-        return GluonBackend(deterministic=name == "gluon")
+        return GluonBackend(deterministic=name != "gluon_fused", ordered=name == "gluon_ordered")
     if name in ("cudnn", "flash"):
         from distattn.kernels import cuda_library
 

@@ -23,13 +23,13 @@ from distattn.kernels.bands import Band, Bands
 from distattn.kernels.contract import Scores, empty_state
 from distattn.kernels.gluon_backend import GluonBackend, kernel
 from distattn.kernels.gluon_division import Costs
-from distattn.kernels.gluon_launch import ADD, FORWARD, FUSED, KEYS, MERGE, QUERIES, SCRATCH
+from distattn.kernels.gluon_launch import ADD, FORWARD, FUSED, KEYS, MERGE, ORDERED, QUERIES, SCRATCH
 from distattn.kernels.gluon_plans import Shape
 from distattn.kernels.machine_code import Flow, disassemble
 from distattn.kernels.machine_cost import Cost, Tile, cost_of, spills_in_loops
 
 TARGET = GPUTarget("cuda", 90, 32)
-KINDS = (FORWARD, KEYS, QUERIES, FUSED, SCRATCH, MERGE, ADD)
+KINDS = (FORWARD, KEYS, QUERIES, FUSED, ORDERED, SCRATCH, MERGE, ADD)
 WITHOUT_PRODUCTS = (SCRATCH, MERGE, ADD)
 ALWAYS = Costs(write=0.0, merge=0.0, least=1, gain=0.0)  # cuts whatever can be cut
 CALLS = ("out", "fresh", "state", "last")  # of the forward: what starts and ends in what
@@ -112,8 +112,8 @@ class Recorder(GluonBackend):
     """The backend without a device: ``launched`` grows by one a launch. ``rows`` changes fields of the launch rows by kind;
     ``pieces`` cuts whatever can be cut."""
 
-    def __init__(self, deterministic: bool = True, rows: dict[str, dict[str, Any]] | None = None, pieces: bool = False):
-        super().__init__(deterministic)
+    def __init__(self, kind: str = KEYS, rows: dict[str, dict[str, Any]] | None = None, pieces: bool = False):
+        super().__init__(kind not in (FUSED, SCRATCH), kind == ORDERED)
         self.rows, self.pieces = rows or {}, pieces
         self.launched: list[Launched] = []
 
@@ -141,7 +141,7 @@ class Recorder(GluonBackend):
 
 def record(case: Case, rows: dict[str, Any] | None = None) -> Launched:
     """How the backend launches ``case``, with 32 query heads over 32 // group key heads."""
-    recorder = Recorder(case.kind not in (FUSED, SCRATCH), {case.kind: rows or {}}, case.pieces or case.kind in (MERGE, ADD))
+    recorder = Recorder(case.kind, {case.kind: rows or {}}, case.pieces or case.kind in (MERGE, ADD))
     dtype, heads, length = DTYPES[case.dtype], 32, 256
     q, k, v, dout = (
         torch.zeros(length, n, size, dtype=dtype)
@@ -169,7 +169,9 @@ def _source(launched: Launched) -> GluonASTSource:
     annotated = {parameter.name for parameter in function.params if parameter.is_constexpr}
     for place, (name, x) in enumerate(zip(function.arg_names, launched.arguments, strict=False)):
         aligned = False
-        if isinstance(x, torch.Tensor):
+        if x is None:
+            signature[name], constants[name] = "constexpr", None
+        elif isinstance(x, torch.Tensor):
             signature[name], aligned = f"*{TYPES[x.dtype]}", True  # allocations on a GPU begin at multiples of 256 bytes
         elif isinstance(x, float):
             signature[name] = "fp32"
@@ -189,12 +191,13 @@ def _source(launched: Launched) -> GluonASTSource:
 def tile(case: Case, named: dict[str, Any]) -> Tile:
     """What all consumers together do in one pass through their loops, in the constants of the launch."""
     d, d_v = case.d, case.d_v
-    if case.kind in (KEYS, FUSED):
+    if case.kind in (KEYS, FUSED, ORDERED):
         streamed, row_bytes, stationary = named["BLOCK_Q"], 2 * (d + d_v) + 8, 64 * named["KEY_TILES"]
     else:
         streamed, row_bytes, stationary = named["BLOCK_K"], 2 * (d + d_v), 64 * named.get("CONSUMERS", 2)
+    kind = FUSED if case.kind == ORDERED else case.kind
     products = {FORWARD: d + d_v, KEYS: 2 * d + 2 * d_v, QUERIES: 2 * d + d_v, FUSED: 3 * d + 2 * d_v}
-    return Tile(stationary * streamed, 2 * products[case.kind], streamed * row_bytes)
+    return Tile(stationary * streamed, 2 * products[kind], streamed * row_bytes)
 
 
 def compile_case(case: Case, rows: dict[str, Any] | None = None) -> Compiled:
@@ -224,11 +227,12 @@ def all_cases() -> list[Case]:
     """Every kernel at every head size it takes, every kind of call, with and without a softcap."""
     from distattn.kernels.gluon_launch import ROWS
 
-    sizes = {kind: list(ROWS[FUSED if kind in (FUSED, SCRATCH) else FORWARD]) for kind in KINDS}
+    fused = (FUSED, ORDERED, SCRATCH)
+    sizes = {kind: list(ROWS[FUSED if kind in fused else FORWARD]) for kind in KINDS}
     found: list[Case] = []
     for pieces, softcap in product((False, True), repeat=2):
         found += (Case(FORWARD, *size, call, softcap, pieces=pieces) for size in sizes[FORWARD] for call in CALLS)
         found += (Case(kind, *size, softcap=softcap, pieces=pieces) for kind in (KEYS, QUERIES) for size in sizes[kind])
-    found += (Case(kind, *size) for kind in (FUSED, SCRATCH) for size in sizes[kind])
+    found += (Case(kind, *size) for kind in fused for size in sizes[kind])
     found += (Case(MERGE, *size, call) for size in sizes[MERGE] for call in CALLS)
     return found + [Case(ADD, *size, call) for size in sizes[ADD] for call in ("out", "last")]

@@ -15,7 +15,7 @@ from torch.torch_version import TorchVersion
 from distattn.kernels.bands import Bands
 from distattn.kernels.contract import Scores, State
 from distattn.kernels.gluon_division import Costs
-from distattn.kernels.gluon_launch import ADD, FORWARD, FUSED, KEYS, MERGE, PARTS, QUERIES, ROWS, SCRATCH, SOFTCAP_ROWS
+from distattn.kernels.gluon_launch import ADD, FORWARD, FUSED, KEYS, MERGE, ORDERED, PARTS, QUERIES, ROWS, SCRATCH, SOFTCAP_ROWS
 from distattn.kernels.gluon_pieces import add_gradients, merge_states, scratch_for
 from distattn.kernels.gluon_plans import Plan, Shape, costs_of_cutting, plan
 from distattn.kernels.tiles import TileTable
@@ -78,14 +78,14 @@ def rows_of(x: Tensor, length: int) -> Any:
     return TensorDescriptor(x, [x.numel()], [1], [length], layout)
 
 
-@lru_cache(maxsize=7)
+@lru_cache(maxsize=8)
 def kernel(kind: str) -> Any:
     """The Gluon function of ``kind``; imports triton."""
     if kind == FORWARD:
         from distattn.kernels.gluon_forward import forward_kernel
 
         return forward_kernel
-    if kind in (KEYS, FUSED):
+    if kind in (KEYS, FUSED, ORDERED):
         from distattn.kernels.gluon_backward import key_gradient_kernel
 
         return key_gradient_kernel
@@ -104,12 +104,15 @@ class GluonBackend:
     Args:
         deterministic: False makes dq in the kernel of dk and dv, five products instead of seven, and adds it up in whatever
             order it comes: the bits of dq then differ from run to run. Head sizes 64:64 and 128:128 only.
+        ordered: dq is made as in that kernel, and added up in a fixed order: programs wait for their turn.
         split: False cuts no item, as fields of the launch rows do kernel by kernel.
     """
 
-    def __init__(self, deterministic: bool = True, split: bool = True):
+    def __init__(self, deterministic: bool = True, ordered: bool = False, split: bool = True):
+        assert deterministic or not ordered, "a fixed order is deterministic"
         self.deterministic, self.split = deterministic, split
-        self.name = "gluon" if deterministic else "gluon_fused"
+        self.name = "gluon_ordered" if ordered else "gluon" if deterministic else "gluon_fused"
+        self._kind = ORDERED if ordered else KEYS if deterministic else FUSED
 
     def reject(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> str | None:
         """Why it cannot take the call, or None."""
@@ -118,11 +121,12 @@ class GluonBackend:
             return reason
         if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
             return f"Gluon kernels take q, k and v all in float16 or all in bfloat16, found {q.dtype}, {k.dtype}, {v.dtype}"
-        sizes = ROWS[FORWARD if self.deterministic else FUSED]
+        fused = self._kind != KEYS
+        sizes = ROWS[self._kind if fused else FORWARD]
         if (q.shape[2], v.shape[2]) not in sizes:
             named = ", ".join(f"{d}:{d_v}" for d, d_v in sizes)
             return f"{self.name} kernels take head sizes D:D_v of {named}, found {q.shape[2]}:{v.shape[2]}"
-        if scores.softcap and not self.deterministic:
+        if scores.softcap and fused:
             return f"{self.name} kernels know no softcap, found {scores.softcap}"
         if not scores.scale > 0:
             return f"Gluon kernels take scales > 0, found {scores.scale}"
@@ -167,7 +171,7 @@ class GluonBackend:
             state = State(o, torch.empty(q.shape[:2], dtype=torch.float32, device=q.device))
         target = state.o if out is None else out
         row = self._row(FORWARD, q.shape[2], v.shape[2], scores.softcap)
-        table, work = self._plan(FORWARD, row, q, k, v, bands)
+        table, work = self._plan(FORWARD, row, q, k, v, bands)[:2]
         if fresh or out is not None:
             _fill_idle(table, row.consumers * 64, target, state, fresh)
         if work is None:
@@ -231,39 +235,55 @@ class GluonBackend:
         if q.shape[0] == 0 or k.shape[0] == 0 or len(bands) == 0:
             return
         dout = dout if dout.dtype == q.dtype and addressable(dout) is None else dout.to(q.dtype).contiguous()
-        first = not self.deterministic and q.shape[2] == 64
+        first = self._kind != KEYS and q.shape[2] == 64
         statistics = _statistics(lse, delta, -1 / scores.scale if first else LOG2_E, -1.0 if first else 1.0)
         inputs = q, k, v, dout, statistics
-        if self.deterministic:
+        if self._kind == KEYS:
             self._key_gradients(KEYS, inputs, bands, scores, dk, dv, dq)
             self._query_gradients(inputs, bands, scores, dq)
         else:
-            block_q = self._row(FUSED, q.shape[2], v.shape[2]).block_q
-            tiles = -(-q.shape[0] // block_q)
-            scratch = torch.zeros(q.shape[1] * tiles * block_q * q.shape[2], dtype=torch.float32, device=q.device)
-            self._key_gradients(FUSED, inputs, bands, scores, dk, dv, scratch)
-            with _on(q.device):
-                self._kernel(SCRATCH)[(2 * q.shape[1] * tiles,)](
-                    dq, scratch, *dq.stride()[:2], q.shape[0], tiles, scores.scale, D=q.shape[2], BLOCK_Q=block_q, num_warps=4,
-                    enable_fp_fusion=True,
-                )  # fmt: skip
+            self._all_gradients(inputs, bands, scores, dq, dk, dv)
+
+    def _all_gradients(self, inputs: Inputs, bands: Bands, scores: Scores, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """dq in tiles of a scratch; ordered, with a tile in front for what belongs to none and counters of turns behind."""
+        q, ordered = inputs[0], self._kind == ORDERED
+        block_q = self._row(self._kind, q.shape[2], q.shape[2]).block_q
+        tiles, size = -(-q.shape[0] // block_q), block_q * q.shape[2]
+        n = (q.shape[1] * tiles + ordered) * size
+        scratch = torch.zeros(n + (q.shape[1] * tiles + 1) * ordered, dtype=torch.float32, device=q.device)
+        counters = scratch[n:].view(torch.int32) if ordered else None
+        self._key_gradients(self._kind, inputs, bands, scores, dk, dv, scratch, counters)
+        with _on(q.device):
+            self._kernel(SCRATCH)[(2 * q.shape[1] * tiles,)](
+                dq, scratch[ordered * size :], *dq.stride()[:2], q.shape[0], tiles, scores.scale,
+                D=q.shape[2], BLOCK_Q=block_q, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
 
     def _key_gradients(
-        self, kind: str, inputs: Inputs, bands: Bands, scores: Scores, dk: Tensor, dv: Tensor, scratch: Tensor
+        self,
+        kind: str,
+        inputs: Inputs,
+        bands: Bands,
+        scores: Scores,
+        dk: Tensor,
+        dv: Tensor,
+        scratch: Tensor,
+        counters: Tensor | None = None,
     ) -> None:
         q, k, v, dout, (lse, delta) = inputs
         row = self._row(kind, q.shape[2], v.shape[2], scores.softcap)
-        assert kind != FUSED or row.stages <= 3, f"with {row.stages} stages ds would be overwritten while it is read"
+        fused = kind != KEYS
+        assert not fused or row.stages <= 3, f"with {row.stages} stages ds would be overwritten while it is read"
         block_k, block_q = row.key_tiles * 64, row.block_q
         # fused: pieces of dq are whole tiles; else lse and delta are copied from multiples of 16 bytes
-        align = block_q if kind == FUSED else 4
-        work = self._plan(kind, row, q, k, v, bands, align).work
+        _, work, walked = self._plan(kind, row, q, k, v, bands, block_q if fused else 4)
         if work is None:
             return
-        assert kind != FUSED or not work.pieces, "the scratch of the fused kernel is that of dq"
+        assert not fused or not work.pieces, "the scratch of the fused kernel is that of dq"
         (d, d2), (d_v, d_v2) = PARTS[q.shape[2]], PARTS[v.shape[2]]
         descriptors = [boxes(q, block_q, d, d2), boxes(k, 64, d, d2), boxes(v, 64, d_v, d_v2), boxes(dout, block_q, d_v, d_v2)]
         scratch = scratch_for(work, block_k, q.shape[2] + v.shape[2], q.device) if work.pieces else scratch
+        turns = [*walked.on(q.device), counters] if walked else [None, None, None]
         with _on(q.device):
             self._kernel(kind)[(work.programs,)](
                 *(box for pair in descriptors for box in pair),
@@ -281,6 +301,7 @@ class GluonBackend:
                 -(-q.shape[0] // block_q),
                 *_bend(scores),
                 scores.scale,
+                *turns,
                 D=d,
                 D2=d2,
                 D_V=d_v,
@@ -289,8 +310,9 @@ class GluonBackend:
                 BLOCK_Q=block_q,
                 STAGES=row.stages,
                 SOFTCAP=scores.softcap != 0,
-                FUSED=kind == FUSED,
-                STATISTICS_FIRST=kind == FUSED and q.shape[2] == 64,
+                FUSED=fused,
+                ORDERED=counters is not None,
+                STATISTICS_FIRST=fused and q.shape[2] == 64,
                 VALUES_FIRST=row.values_first,
                 PIECES=work.pieces > 0,
                 **_registers(row),

@@ -20,12 +20,12 @@ from distattn.kernels.gluon_blocks import (
     add_products,
     add_tile,
     add_to_scratch,
-    async_load,
     await_parts,
     barrier,
     hide,
     load_item,
     load_piece,
+    load_place,
     load_runs,
     product_over_head,
     reinterpret,
@@ -34,49 +34,8 @@ from distattn.kernels.gluon_blocks import (
     streamed_tile,
     tanh,
 )
-
-
-@gluon.jit
-def _fetch_queries(
-    descriptors, memory, barriers, work, loads,
-    KEY_TILES: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
-    D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr,
-):  # fmt: skip
-    """The key tile once, then queries, dout and their statistics for every head of the group and every entry."""
-    q_from, q2_from, k_from, k2_from, v_from, v2_from, g_from, g2_from, lse_from, delta_from = descriptors
-    q_s, q2_s, k_s, k2_s, v_s, v2_s, g_s, g2_s, lse_s, delta_s = memory
-    kv_full, q_full, g_full, empty, ds_full = barriers
-    SLOTS, ENTRIES = work
-    group, q_head, k_head, v_head, g_head, padded = loads
-    head, start, first, last = load_item(SLOTS, gl.program_id(0))
-    mbarrier.expect(kv_full.index(0), KEY_TILES * 64 * (D + D2 + D_V + D_V2) * 2)
-    for c in gl.static_range(KEY_TILES):
-        async_load(k_from, [start + c * 64, head * k_head], kv_full.index(0), k_s.index(c))
-        async_load(v_from, [start + c * 64, head * v_head], kv_full.index(0), v_s.index(c))
-        if D2:
-            async_load(k2_from, [start + c * 64, head * k_head + D], kv_full.index(0), k2_s.index(c))
-        if D_V2:
-            async_load(v2_from, [start + c * 64, head * v_head + D_V], kv_full.index(0), v2_s.index(c))
-    it = 0
-    n_entries = last - first
-    for turn in range(n_entries * group):
-        query_head = head * group + turn // n_entries
-        begin, left, full, right = load_runs(ENTRIES, first + turn % n_entries)
-        for n in range(left + full + right):
-            row = begin + streamed_tile(n, left, full, right) * BLOCK_Q
-            s = it % STAGES
-            mbarrier.wait(empty.index(s), ((it // STAGES) & 1) ^ 1)
-            mbarrier.expect(q_full.index(s), BLOCK_Q * (D + D2) * 2 + BLOCK_Q * 4)
-            async_load(q_from, [row, query_head * q_head], q_full.index(s), q_s.index(s))
-            if D2:
-                async_load(q2_from, [row, query_head * q_head + D], q_full.index(s), q2_s.index(s))
-            async_load(lse_from, [query_head * padded + row], q_full.index(s), lse_s.index(s))
-            mbarrier.expect(g_full.index(s), BLOCK_Q * (D_V + D_V2) * 2 + BLOCK_Q * 4)
-            async_load(g_from, [row, query_head * g_head], g_full.index(s), g_s.index(s))
-            if D_V2:
-                async_load(g2_from, [row, query_head * g_head + D_V], g_full.index(s), g2_s.index(s))
-            async_load(delta_from, [query_head * padded + row], g_full.index(s), delta_s.index(s))
-            it += 1
+from distattn.kernels.gluon_loads import fetch
+from distattn.kernels.gluon_turns import anew, told
 
 
 @gluon.jit
@@ -101,17 +60,25 @@ def _query_product(ds_r, k_r, slot, z, zero, CID: gl.constexpr, D: gl.constexpr)
 
 
 @gluon.jit
+def _told_limits(words, it, ENTRIES):
+    """Whether a step is masked, where its limits stand and where its queries begin: read where needed, kept nowhere."""
+    place = told(words, (it & 7) * 4)
+    return place >= 0, ENTRIES + place, told(words, (it & 7) * 4 + 1)
+
+
+@gluon.jit
 def _key_step(
-    dks, dvs, it, masked, rows, limits_at, begin, inner, outer, thread, before, memory, barriers, ds_s, ds_r, k_r,
+    dks, dvs, it, masked, rows, limits_at, begin, inner, outer, thread, before, memory, barriers, ds_s, ds_r, k_r, ENTRIES,
     CID: gl.constexpr, C: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
     D: gl.constexpr, D2: gl.constexpr, D_V2: gl.constexpr,
     D_SPLIT: gl.constexpr, V_SPLIT: gl.constexpr, SECOND_HALF: gl.constexpr,
     s_layout: gl.constexpr, p_layout: gl.constexpr,
-    SOFTCAP: gl.constexpr, FUSED: gl.constexpr, STATISTICS_FIRST: gl.constexpr, VALUES_FIRST: gl.constexpr,
+    SOFTCAP: gl.constexpr, FUSED: gl.constexpr, ORDERED: gl.constexpr,
+    STATISTICS_FIRST: gl.constexpr, VALUES_FIRST: gl.constexpr,
 ):  # fmt: skip
     """One query tile into the sums of dk and dv; FUSED also adds dq of the step before at ``before``."""
     q_s, q2_s, k_s, k2_s, v_s, v2_s, g_s, g2_s, lse_s, delta_s = memory
-    kv_full, q_full, g_full, empty, ds_full = barriers
+    kv_full, q_full, g_full, empty, ds_full, turn, words = barriers
     V_GROUPS: gl.constexpr = 2 if D_V2 else 1
     DV_GROUPS: gl.constexpr = (2 if V_SPLIT else 1) if VALUES_FIRST else 0
     DTYPE: gl.constexpr = q_s.dtype
@@ -132,11 +99,16 @@ def _key_step(
         mbarrier.wait(g_full.index(stage), lap)
         _, start = gl.broadcast(zero, gl.expand_dims(delta_s.index(stage).load(gl.SliceLayout(0, s_layout)), 0))
         dp = warpgroup_mma(v_s.index(C + z), g_s.index(stage).permute((1, 0)), start, is_async=True)
-        s = hide(warpgroup_mma_wait(1, deps=[products]), float("-inf"), masked, rows, limits_at, begin, BLOCK_Q, s_layout)
+        s = warpgroup_mma_wait(1, deps=[products])
+        if ORDERED:
+            masked, limits_at, begin = _told_limits(words, it, ENTRIES)
+        s = hide(s, float("-inf"), masked, rows, limits_at, begin, BLOCK_Q, s_layout)
         p = gl.exp2(s * inner)
         if VALUES_FIRST:
             dvs = add_products(gl.convert_layout(p.to(DTYPE), p_layout), g, g2_s.index(stage), dvs, V_SPLIT)
         dp = warpgroup_mma_wait(DV_GROUPS, deps=[dp])
+        if ORDERED:
+            masked, limits_at, begin = _told_limits(words, it, ENTRIES)
         ds = hide(p * dp, 0.0, masked, rows, limits_at, begin, BLOCK_Q, s_layout).to(DTYPE)
     else:
         products = product_over_head(k_s.index(C + z), k2_s.index(C + z), q_s.index(stage), q2_s.index(stage), zero, D2 > 0)
@@ -148,6 +120,8 @@ def _key_step(
         if SOFTCAP:
             bent = tanh(s * inner)
             s = bent * outer
+        if ORDERED:
+            masked, limits_at, begin = _told_limits(words, it, ENTRIES)
         s = hide(s, float("-inf"), masked, rows, limits_at, begin, BLOCK_Q, s_layout)
         p = gl.exp2(s * factor - lse)
         if VALUES_FIRST:
@@ -157,6 +131,8 @@ def _key_step(
         ds = p * (dp - delta)
         if SOFTCAP:
             ds = ds * (1.0 - bent * bent)
+        if ORDERED:
+            masked, limits_at, begin = _told_limits(words, it, ENTRIES)
         # garbage behind the mask must not survive as 0 * inf
         ds = hide(ds, 0.0, masked, rows, limits_at, begin, BLOCK_Q, s_layout).to(DTYPE)
     if not VALUES_FIRST:
@@ -172,6 +148,9 @@ def _key_step(
         dks = add_products(operand, q, q2_s.index(stage), dks, D_SPLIT)
         dq = warpgroup_mma_wait(1, deps=[dq])
         dvs = await_parts(dvs, 1, V_SPLIT)
+        if ORDERED:
+            mbarrier.wait(turn.index(0), it & 1)
+            before = told(words, ((it + 7) & 7) * 4 + 2)
         add_to_scratch(dq, thread + before.to(gl.int64) * (BLOCK_Q * D * 4))
     else:
         dks = add_products(operand, q, q2_s.index(stage), dks, D_SPLIT)
@@ -215,14 +194,15 @@ def _sum_keys(
     CID: gl.constexpr, outputs, memory, ds_s, barriers, work, addresses,
     KEY_TILES: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
     D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr,
-    SOFTCAP: gl.constexpr, FUSED: gl.constexpr, STATISTICS_FIRST: gl.constexpr, VALUES_FIRST: gl.constexpr,
-    PIECES: gl.constexpr,
+    SOFTCAP: gl.constexpr, FUSED: gl.constexpr, ORDERED: gl.constexpr,
+    STATISTICS_FIRST: gl.constexpr, VALUES_FIRST: gl.constexpr, PIECES: gl.constexpr,
 ):  # fmt: skip
     """64 rows of keys, or with KEY_TILES 1 all 64 and one half of the head."""
     DK, DV, SCRATCH = outputs
-    SLOTS, ENTRIES = work
+    SLOTS = work[0]
+    ENTRIES = work[1]
     group, dk_token, dk_head, dv_token, dv_head, n_k, query_tiles, inner, outer, scale = addresses
-    kv_full, q_full, g_full, empty, ds_full = barriers
+    kv_full, q_full, g_full, empty, ds_full, turn, words = barriers
     C: gl.constexpr = CID if KEY_TILES == 2 else 0
     HALF: gl.constexpr = CID if KEY_TILES == 1 else 0
     D_SPLIT: gl.constexpr = D2 > 0 and KEY_TILES == 2
@@ -249,27 +229,47 @@ def _sum_keys(
     mbarrier.wait(kv_full.index(0), 0)
     it = 0
     n_entries = last - first
-    for turn in range(n_entries * group):
-        query_head = head * group + turn // n_entries
-        limits_at = ENTRIES + (first + turn % n_entries) * 10
-        begin, left, full, right = load_runs(ENTRIES, first + turn % n_entries)
-        for n in range(left + full + right):
-            if FUSED or SOFTCAP:  # read again for each tile (it >> 24 is 0, but opaque), so that its runs take no registers
-                begin, left, full, right = load_runs(limits_at, it >> 24)
-            column = begin + streamed_tile(n, left, full, right) * BLOCK_Q
+    if ORDERED:
+        for _ in range(gl.load(work[2] + first * 4 + 2) * group):
             dks, dvs = _key_step(
-                dks, dvs, it, n < left + right, rows, limits_at, column, inner, outer, thread, before,
-                memory, barriers, ds_s, ds_r, k_r,
+                dks, dvs, it, True, rows, ENTRIES, 0, inner, outer, thread, before,
+                memory, barriers, ds_s, ds_r, k_r, ENTRIES,
                 CID, C, BLOCK_Q, STAGES, D, D2, D_V2, D_SPLIT, V_SPLIT, HALF > 0,
-                s_layout, p_layout, SOFTCAP, FUSED, STATISTICS_FIRST, VALUES_FIRST,
+                s_layout, p_layout, SOFTCAP, FUSED, ORDERED, STATISTICS_FIRST, VALUES_FIRST,
             )  # fmt: skip
-            if FUSED:
-                before = query_head * query_tiles + column // BLOCK_Q
             it += 1
+    else:
+        for part in range(n_entries * group):
+            query_head = head * group + part // n_entries
+            limits_at = ENTRIES + (first + part % n_entries) * 10
+            begin, left, full, right = load_runs(ENTRIES, first + part % n_entries)
+            for n in range(left + full + right):
+                if FUSED or SOFTCAP:  # read again for each tile (it >> 24 is 0, but opaque), so that its runs take no registers
+                    begin, left, full, right = load_runs(limits_at, it >> 24)
+                column = begin + streamed_tile(n, left, full, right) * BLOCK_Q
+                dks, dvs = _key_step(
+                    dks, dvs, it, n < left + right, rows, limits_at, column, inner, outer, thread, before,
+                    memory, barriers, ds_s, ds_r, k_r, ENTRIES,
+                    CID, C, BLOCK_Q, STAGES, D, D2, D_V2, D_SPLIT, V_SPLIT, HALF > 0,
+                    s_layout, p_layout, SOFTCAP, FUSED, ORDERED, STATISTICS_FIRST, VALUES_FIRST,
+                )  # fmt: skip
+                if FUSED:
+                    before = query_head * query_tiles + column // BLOCK_Q
+                it += 1
     if FUSED:
         mbarrier.wait(ds_full.index(it & 3), (it >> 2) & 1)
         dq = _query_product(ds_r, k_r, it & 3, 0, gl.full([64, 64], 0.0, gl.float32, q_layout), CID, D)
-        add_to_scratch(warpgroup_mma_wait(0, deps=[dq]), thread + before.to(gl.int64) * (BLOCK_Q * D * 4))
+        dq = warpgroup_mma_wait(0, deps=[dq])
+        if ORDERED:
+            mbarrier.wait(turn.index(0), it & 1)
+            before = told(words, ((it + 7) & 7) * 4 + 2)
+        add_to_scratch(dq, thread + before.to(gl.int64) * (BLOCK_Q * D * 4))
+    if ORDERED:
+        barrier()
+        mbarrier.arrive(empty.index(it % STAGES), count=1)
+        # read again rather than kept through the loop
+        head, start = load_place(SLOTS, anew(gl.program_id(0)))
+        row0 = start + C * 64
     limit = n_k
     if PIECES:
         WIDTH: gl.constexpr = D + D2 + D_V + D_V2
@@ -291,16 +291,18 @@ def key_gradient_kernel(
     q_from, q2_from, k_from, k2_from, v_from, v2_from, g_from, g2_from, lse_from, delta_from, DK, DV, SCRATCH,
     SLOTS, COUNTS, ENTRIES, q_head: gl.constexpr, k_head: gl.constexpr, v_head: gl.constexpr, g_head: gl.constexpr,
     dk_token: gl.constexpr, dk_head: gl.constexpr, dv_token: gl.constexpr, dv_head: gl.constexpr,
-    group: gl.constexpr, n_k, padded, query_tiles, inner, outer, scale,
+    group: gl.constexpr, n_k, padded, query_tiles, inner, outer, scale, WALKS, RANKS, COUNTERS,
     D: gl.constexpr, D2: gl.constexpr, D_V: gl.constexpr, D_V2: gl.constexpr, KEY_TILES: gl.constexpr,
-    BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr, FUSED: gl.constexpr, STATISTICS_FIRST: gl.constexpr,
-    VALUES_FIRST: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, PIECES: gl.constexpr,
+    BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr, FUSED: gl.constexpr, ORDERED: gl.constexpr,
+    STATISTICS_FIRST: gl.constexpr, VALUES_FIRST: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    PIECES: gl.constexpr,
 ):  # fmt: skip
     """Grid: one program a (key tile, key head) or piece. The group's query heads are looped inside: dk and dv have one writer.
 
     VALUES_FIRST issues the products of dv before ds is known. FUSED takes up to 3 stages: that q of a step has come then says
-    that what last read the slot of its ds is over. PIECES (not FUSED) leaves dk and dv, side by side, of items with a place in
-    SCRATCH.
+    that what last read the slot of its ds is over. ORDERED adds dq in the order of :mod:`distattn.kernels.gluon_order`:
+    then WALKS, RANKS and COUNTERS are its arrays, and the scratch has a tile in front. PIECES (not FUSED) leaves dk and dv,
+    side by side, of items with a place in SCRATCH.
     """
     DTYPE: gl.constexpr = q_from.dtype
     k_s = gl.allocate_shared_memory(DTYPE, [KEY_TILES, 64, D], k_from.layout)
@@ -327,6 +329,12 @@ def key_gradient_kernel(
     g_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ds_full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    turn = kv_full
+    words = kv_full
+    if ORDERED:
+        words = gl.allocate_shared_memory(gl.int32, [32, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        turn = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+        mbarrier.init(turn.index(0), count=1)
     mbarrier.init(kv_full.index(0), count=1)
     for s in gl.static_range(STAGES):
         mbarrier.init(q_full.index(s), count=1)
@@ -337,8 +345,10 @@ def key_gradient_kernel(
     fence_async_shared()
     descriptors = (q_from, q2_from, k_from, k2_from, v_from, v2_from, g_from, g2_from, lse_from, delta_from)
     memory = (q_s, q2_s, k_s, k2_s, v_s, v2_s, g_s, g2_s, lse_s, delta_s)
-    barriers = (kv_full, q_full, g_full, empty, ds_full)
+    barriers = (kv_full, q_full, g_full, empty, ds_full, turn, words)
     work = (SLOTS, ENTRIES)
+    if ORDERED:
+        work = (SLOTS, ENTRIES, WALKS, RANKS, COUNTERS)
     outputs = (DK, DV, SCRATCH)
     addresses = (group, dk_token, dk_head, dv_token, dv_head, n_k, query_tiles, inner, outer, scale)
     loads = (group, q_head, k_head, v_head, g_head, padded)
@@ -347,10 +357,11 @@ def key_gradient_kernel(
     gl.warp_specialize(
         [
             (_sum_keys, (ZERO, outputs, memory, ds_s, barriers, work, addresses, KEY_TILES, BLOCK_Q, STAGES,
-                         D, D2, D_V, D_V2, SOFTCAP, FUSED, STATISTICS_FIRST, VALUES_FIRST, PIECES)),
+                         D, D2, D_V, D_V2, SOFTCAP, FUSED, ORDERED, STATISTICS_FIRST, VALUES_FIRST, PIECES)),
             (_sum_keys, (ONE, outputs, memory, ds_s, barriers, work, addresses, KEY_TILES, BLOCK_Q, STAGES,
-                         D, D2, D_V, D_V2, SOFTCAP, FUSED, STATISTICS_FIRST, VALUES_FIRST, PIECES)),
-            (_fetch_queries, (descriptors, memory, barriers, work, loads, KEY_TILES, BLOCK_Q, STAGES, D, D2, D_V, D_V2)),
+                         D, D2, D_V, D_V2, SOFTCAP, FUSED, ORDERED, STATISTICS_FIRST, VALUES_FIRST, PIECES)),
+            (fetch, (descriptors, memory, barriers, work, loads, query_tiles, KEY_TILES, BLOCK_Q, STAGES,
+                      D, D2, D_V, D_V2, ORDERED)),
         ],
         [4, 4],
         [REGISTERS, PRODUCER_REGISTERS],

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 FORWARD, KEYS, QUERIES, FUSED, SCRATCH = "forward", "key_gradient", "query_gradient", "fused_gradient", "add_scratch"
-MERGE, ADD = "merge_pieces", "add_pieces"
+MERGE, ADD, ORDERED = "merge_pieces", "add_pieces", "ordered_gradient"
 
 # Widths of shared memory are powers of two: a head of another size lies in two parts, and one of 256 so that its sums need not
 # all be at hand when they are joined with what was there.
@@ -77,7 +77,7 @@ QUERIES_ROWS = {
 # dq leaves a fused step in pieces of 64 x 64, one a consumer: halves of the head at D 128, halves of 128 queries at D 64.
 FUSED_ROWS = {(64, 64): Keys(block_q=128, split=False), (128, 128): Keys(split=False)}
 ROWS: dict[str, dict[tuple[int, int], NamedTuple]] = {
-    FORWARD: {**FORWARD_ROWS}, KEYS: {**KEYS_ROWS}, QUERIES: {**QUERIES_ROWS}, FUSED: {**FUSED_ROWS},
+    FORWARD: {**FORWARD_ROWS}, KEYS: {**KEYS_ROWS}, QUERIES: {**QUERIES_ROWS}, FUSED: {**FUSED_ROWS}, ORDERED: {**FUSED_ROWS},
 }  # fmt: skip
 # A softcap keeps tanh of the scores until their gradients are known: half as many queries at a time leave the registers for it.
 SOFTCAP_ROWS: dict[str, dict[tuple[int, int], NamedTuple]] = {KEYS: {(96, 96): Keys(block_q=32), (128, 128): Keys(block_q=32)}}

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from distattn.kernels.bands import Bands
 from distattn.kernels.gluon_division import Costs, costs_of
-from distattn.kernels.gluon_launch import FORWARD, QUERIES
+from distattn.kernels.gluon_launch import FORWARD, ORDERED, QUERIES
+from distattn.kernels.gluon_order import Order, heads_at_once, order
 from distattn.kernels.gluon_schedule import Schedule, heads_per_section, occupancy, schedule
 from distattn.kernels.tiles import TileTable, tile_table
 
@@ -64,10 +65,11 @@ def costs_of_cutting(kind: str, row: Any, shape: Shape) -> Costs:
 
 
 class Plan(NamedTuple):
-    """The tiles of a launch and who works on them; ``work`` is None where there is none."""
+    """The tiles of a launch and who works on them; ``work`` is None where there is none, ``order`` where any will do."""
 
     table: TileTable
     work: Schedule | None
+    order: Order | None = None
 
 
 def plan(kind: str, row: Any, shape: Shape, bands: Bands, programs: int, costs: Costs | None, align: int = 1) -> Plan:
@@ -84,8 +86,15 @@ def plan(kind: str, row: Any, shape: Shape, bands: Bands, programs: int, costs: 
     table = tile_table(bands, shape.n_q, shape.n_k, *blocks, "q" if by_query else "k", align)
     if table.n_work == 0 or shape.heads == 0:
         return Plan(table, None)
-    work = schedule(table, found.rows, found.block, *_heads(kind, shape), programs, found.stay, found.unit, costs)
-    return Plan(table, work)
+    heads, section = _heads(kind, shape)
+    made = None
+    if kind == ORDERED:
+        assert costs is None, "ranks count whole items"
+        section = heads_at_once(table, heads, section, shape.group, programs)
+        made = order(table, found.block)
+        table = made.table
+    work = schedule(table, found.rows, found.block, heads, section, programs, found.stay, found.unit, costs)
+    return Plan(table, work, made)
 
 
 def _heads(kind: str, shape: Shape) -> tuple[int, int]:

@@ -224,7 +224,8 @@ def measure_case(case: Case, asked: argparse.Namespace, protocol: Protocol, resu
             makers[WHOLE] = lambda: ours(case, x, WHOLE, finished)
     makers |= dict(libraries(case, x, finished, not asked.no_flex))
     if case.direction == "forward":
-        makers.pop("gluon_fused", None)  # its forward is that of gluon
+        for name in ("gluon_fused", "gluon_ordered"):  # their forward is that of gluon
+            makers.pop(name, None)
     contenders = {}
     for name, make in makers.items():
         try:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-DETERMINISTIC, FASTEST = ("gluon",), ("gluon_fused", "gluon")
+DETERMINISTIC, FASTEST = ("gluon", "gluon_ordered"), ("gluon_fused", "gluon")
 CUDNN, FLEX = "cuDNN (library)", "flex_attention (library)"
 LENGTHS, LONG = (16384, 32768), 65536
 

@@ -22,7 +22,7 @@ from distattn.launch.bench_kernels_cases import Case, Inputs
 from distattn.launch.bench_kernels_measure import Work
 
 WHOLE = "gluon, nothing cut"
-OURS = {"cuda": ("gluon", "gluon_fused", "triton", "cudnn", "flash"), "cpu": ("aten",)}
+OURS = {"cuda": ("gluon", "gluon_ordered", "gluon_fused", "triton", "cudnn", "flash"), "cpu": ("aten",)}
 # bf16 outputs and gradients against float32: rounding of p and ds on the way, and of the result (2e-3 to 3e-3 measured).
 ALLOWED = {torch.float32: 2e-5, torch.bfloat16: 6e-3, torch.float16: 2e-3}
 ROWS = 64  # of each of the three stretches that are checked

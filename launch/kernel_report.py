@@ -36,7 +36,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--kernel",
         nargs="+",
         default=["forward", "key_gradient", "query_gradient"],
-        help="--gluon also knows fused_gradient, add_scratch, merge_pieces and add_pieces",
+        help="--gluon also knows fused_gradient, ordered_gradient, add_scratch, merge_pieces and add_pieces",
     )
     parser.add_argument("--softcap", action="store_true", help="the variants with a softcap")
     parser.add_argument("--gluon", action="store_true", help="the Hopper kernels instead: all variants of --kernel and --head")

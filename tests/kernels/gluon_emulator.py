@@ -16,6 +16,7 @@ MODULES = {
     "forward": ("gluon_forward", "forward_kernel"),
     "key_gradient": ("gluon_backward", "key_gradient_kernel"),
     "fused_gradient": ("gluon_backward", "key_gradient_kernel"),
+    "ordered_gradient": ("gluon_backward", "key_gradient_kernel"),
     "query_gradient": ("gluon_query_backward", "query_gradient_kernel"),
     "add_scratch": ("gluon_query_backward", "add_scratch_kernel"),
     "merge_pieces": ("gluon_merge", "merge_pieces_kernel"),
@@ -41,9 +42,10 @@ class Emulated(GluonBackend):
         rows: dict[str, dict[str, Any]] | None = None,
         deterministic: bool = True,
         costs: Costs | None = None,
+        ordered: bool = False,
         **load_options: Any,
     ):
-        super().__init__(deterministic)
+        super().__init__(deterministic, ordered)
         self.seed, self.processors, self.rows, self.load_options = seed, processors, rows or {}, load_options
         self.launches = 0
         self.costs = costs

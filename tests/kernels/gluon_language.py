@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 import distattn.kernels
-from tests.kernels.gluon_machine import Allocation, Barrier, KernelError, Machine
+from tests.kernels.gluon_grid import Grid
+from tests.kernels.gluon_machine import Allocation, Barrier, KernelError
 from tests.kernels.gluon_values import (
     BF16,
     F16,
@@ -116,7 +117,23 @@ def add_to_scratch(x: Value, address: Address) -> None:
     memory = address.pointer.memory
     memory.check(places, "an atomic add")
     assert len(places.unique()) == 4096
-    memory.flat[places] += x.x.reshape(-1)
+    current[0].add_sums(memory.flat, places, x.x.reshape(-1))
+
+
+def _assembly(text: str, constraints: str, arguments: list[Any], **options: Any) -> Any:
+    """The inline assembly of :mod:`distattn.kernels.gluon_turns`: a copy, a count (fenced?), a wait (acquiring?)."""
+    if text == "mov.b32 $0, $1;":
+        return arguments[0]
+    pointer = arguments[0]
+    pointer.memory.check(torch.tensor([int(pointer.offset)]), "a counter")
+    counter = current[0].counter(pointer.memory.flat, int(pointer.offset))
+    if "red.relaxed.gpu.global.add.u32" in text:
+        current[0].count(counter, "fence.acq_rel.gpu; red" in text)
+    elif ".global.u32 v, [$1]; setp.lt.u32 p, v, $2" in text:
+        current[0].await_rank(counter, int(arguments[1]), "ld.acquire.gpu" in text)
+    else:
+        raise KernelError(f"unknown assembly: {text}")
+    return None
 
 
 def prefetch_tile(X: Pointer, token: int, start: int, stop: int, ROWS: int, WIDTH: int) -> None:
@@ -217,12 +234,12 @@ class Kernel:
         def launch(
             *arguments: Any, num_warps: int, maxnreg: int | None = None, enable_fp_fusion: bool = False, **named: Any
         ) -> None:
-            launched = Launch()
             inside = [_argument(x) for x in arguments]
-            for program in range(grid[0]):
-                current[:] = [Machine(program, self.seed * 1000 + program), launched]
-                machine().grid = grid[0]  # type: ignore[attr-defined]
-                self.function(*inside, **named)
+            ordered = bool(named.get("ORDERED"))
+            resident = 1 + self.seed % 5 if named.get("FUSED") else 1
+            made = Grid(grid[0], resident, self.seed * 1000, ordered, lambda machine: self.function(*inside, **named))
+            current[:] = [made, Launch()]
+            made.run()
             current[:] = [None, None]
 
         return launch
@@ -247,12 +264,12 @@ language = SimpleNamespace(
     DotOperandLayout=DotOperandLayout, SliceLayout=SliceLayout,
     BlockedLayout=BlockedLayout,
     arange=lambda start, stop, layout: Value(torch.arange(start, stop), layout),
-    full=lambda shape, value, dtype, layout: Value(torch.full(shape, value, dtype=dtype), layout),
+    full=lambda shape, value, dtype, layout: Value(torch.full(shape, value, dtype=I64 if dtype == I32 else dtype), layout),
     expand_dims=lambda x, dim: Value(x.x.unsqueeze(dim), x.layout),
     broadcast=lambda a, b: tuple(Value(x, a.layout) for x in torch.broadcast_tensors(a.x, b.x)),
     reshape=lambda x, shape: Value(x.x.reshape(shape)),
     convert_layout=lambda x, layout: Value(x.x, layout),
-    sum=lambda x, dim: Value(x.x.sum(dim)),
+    sum=lambda x, dim: Value(x.x.sum(dim)) if len(x.shape) > 1 else scalar(int(x.x.sum())),
     max=lambda x, dim: Value(x.x.amax(dim)),
     exp2=lambda x: Value(torch.exp2(x.x), x.layout),
     log2=lambda x: Value(torch.log2(x.x), x.layout),
@@ -260,10 +277,11 @@ language = SimpleNamespace(
     where=_where, load=_load, store=_store, atomic_add=_atomic_add,
     static_range=range,
     program_id=lambda axis: scalar(machine().program),
-    num_programs=lambda axis: scalar(machine().grid),  # type: ignore[attr-defined]
+    num_programs=lambda axis: scalar(current[0].size),
     allocate_shared_memory=_allocate, shared_memory_descriptor=Shared, warp_specialize=_specialize,
     barrier=lambda: machine().running.barrier(),
-    inline_asm_elementwise=None,
+    inline_asm_elementwise=_assembly,
+    SwizzledSharedLayout=lambda *arguments: "swizzled",
 )  # fmt: skip
 mbarrier = SimpleNamespace(
     MBarrierLayout=lambda: "barriers",

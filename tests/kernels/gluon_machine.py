@@ -1,7 +1,8 @@
 """A multiprocessor for tests: partitions, barriers, asynchronous copies and products, and a detector of races between them.
 
-One program runs at a time. Its partitions are threads of which one runs at a time; who goes on is drawn at every operation
-that synchronises, and copies complete whenever the draw says so. That explores orders; it is not what finds missing waits.
+The partitions of all programs are threads of which one runs at a time (:mod:`tests.kernels.gluon_grid`); who goes on is drawn
+at every operation that synchronises, and copies complete whenever the draw says so. That explores orders; it is not what
+finds missing waits.
 Every access to shared memory is checked against vector clocks: an access that no chain of waits orders after an earlier
 conflicting one is an error in whatever order the two happened to run. So are deadlocks, copies that nobody announced, accesses
 of several threads published by one of them, and products that are read before they were awaited.
@@ -9,14 +10,15 @@ of several threads published by one of them, and products that are read before t
 
 from __future__ import annotations
 
-import contextlib
-import random
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from tests.kernels.gluon_grid import Grid
 
 Clock = dict[str, int]
 
@@ -124,14 +126,15 @@ class Barrier:
 class Partition:
     """A warpgroup: its clock, its products in flight, its stores in flight."""
 
-    def __init__(self, name: str, clock: Clock):
+    def __init__(self, machine: Machine, name: str, clock: Clock):
+        self.machine = machine
         self.name = name
         self.clock = dict(clock)
         self.epoch = 1
         self.clock[name] = 1
         self.dirty: int | None = None  # epoch of the first generic access since the last barrier among its threads
         self.baton = threading.Semaphore(0)
-        self.waits_for: tuple[Barrier, int] | None = None
+        self.waits_for: tuple[Any, int] | None = None  # a barrier and a phase, or a counter and a rank
         self.done = False
         self.products: list[Any] = []  # issued and not awaited
         self.n_products = 0
@@ -141,6 +144,13 @@ class Partition:
 
     def runnable(self) -> bool:
         return not self.done and (self.waits_for is None or self.waits_for[0].passed(self.waits_for[1]))
+
+    def end(self) -> None:
+        if self.products:
+            raise KernelError(f"{self.name} ends with products in flight")
+        if self.stores:
+            raise KernelError(f"{self.name} ends while its stores still read shared memory")
+        self.done = True
 
     def publish(self) -> Clock:
         """What an arrival tells: everything this partition knows, but of what its own threads did only what a barrier closed."""
@@ -166,105 +176,30 @@ class Partition:
 class Machine:
     """One program: partitions that take turns, the copies in flight, the shared memory."""
 
-    def __init__(self, program: int, seed: int):
-        self.program = program
-        self.random = random.Random(seed)
+    def __init__(self, program: int, grid: Grid):
+        self.program, self.grid = program, grid
         self.partitions: list[Partition] = []
-        self.running = Partition("entry", {})
+        self.running = Partition(self, "entry", {})
         self.copies: list[Callable[[], None]] = []
-        self.error: BaseException | None = None
         self.n_allocations = 0
-        self.finished = threading.Semaphore(0)
-
-    # ---- turns
 
     def switch(self) -> None:
-        """Lets somebody go on: this partition, another one, or a copy that completes. Returns when it is this one's turn."""
-        me = self.running
-        if me.name == "entry":
-            return
-        while True:
-            able = [p for p in self.partitions if p.runnable()]
-            n = len(able) + len(self.copies)
-            if n == 0:
-                if all(p.done for p in self.partitions):
-                    self.finished.release()
-                    return
-                waiting = [
-                    f"{p.name} waits for {p.waits_for[0].name} phase {p.waits_for[1]}" for p in self.partitions if p.waits_for
-                ]
-                self.error = KernelError("deadlock: " + "; ".join(waiting))
-                self._stop()
-            if me in able and self.random.random() < 0.5:
-                return
-            pick = self.random.randrange(n)
-            if pick >= len(able):
-                self.copies.pop(pick - len(able))()
-                continue
-            other = able[pick]
-            if other is me:
-                return
-            self.running = other
-            other.baton.release()
-            if me.done:
-                return
-            me.baton.acquire()
-            if self.error is not None:
-                raise Stopped
-            return
-
-    def _stop(self) -> None:
-        for partition in self.partitions:
-            partition.baton.release()
-        self.finished.release()
-        raise Stopped
+        """Lets somebody go on; returns when it is the running partition's turn again."""
+        if self.running.name != "entry":
+            self.grid.switch(self.running)
 
     def specialize(self, tasks: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
-        """Runs every task as a partition; raises what the first of them raised."""
-        entry = self.running
-        self.partitions = [Partition(f"partition {n}", entry.clock) for n in range(len(tasks))]
-        threads = [
-            threading.Thread(target=self._body, args=(p, *task), daemon=True)
-            for p, task in zip(self.partitions, tasks, strict=True)
-        ]
-        for thread in threads:
-            thread.start()
-        self.running = self.random.choice(self.partitions)
-        self.running.baton.release()
-        self.finished.acquire()
-        for thread in threads:
-            thread.join(timeout=20)
-        if self.error is not None:
-            raise self.error
-        for p in self.partitions:
-            join(entry.clock, p.clock)
-        self.running = entry
-
-    def _body(self, me: Partition, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-        me.baton.acquire()
-        try:
-            if self.error is not None:
-                return
-            function(*arguments)
-            if me.products:
-                raise KernelError(f"{me.name} ends with products in flight")
-            if me.stores:
-                raise KernelError(f"{me.name} ends while its stores still read shared memory")
-            me.done = True
-            self.switch()
-        except Stopped:
-            pass
-        except BaseException as error:  # handed to the thread that launched
-            if self.error is None:
-                self.error = error
-            with contextlib.suppress(Stopped):
-                self._stop()
+        """Makes a partition of every task, which runs when its turn comes: the last that a kernel does."""
+        self.partitions = [Partition(self, f"partition {self.program}.{n}", self.running.clock) for n in range(len(tasks))]
+        for partition, task in zip(self.partitions, tasks, strict=True):
+            threading.Thread(target=self.grid.body, args=(partition, *task), daemon=True).start()
 
     # ---- shared memory
 
     def allocate(self, name: str, size: int, dtype: torch.dtype) -> Allocation:
         self.n_allocations += 1
-        return Allocation(f"{name} {self.n_allocations}", torch.full((size,), torch.nan, dtype=dtype))
+        garbage = torch.nan if dtype.is_floating_point else -(1 << 30)
+        return Allocation(f"{name} {self.n_allocations}", torch.full((size,), garbage, dtype=dtype))
 
     def access(self, where: Allocation, start: int, stop: int, write: bool, agent: str, time: int, generic: bool) -> Access:
         """Checks an access of the running partition, or of an engine it starts now, against all earlier ones, and records it."""

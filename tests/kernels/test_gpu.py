@@ -76,7 +76,7 @@ def fit(case: Case, d: int = 64, d_v: int | None = None) -> Case:
 ORDINARY = [case for case in CASES if case.d == case.d_v == 16 and case.dtype != torch.float64]
 
 
-@pytest.mark.parametrize("name", ["gluon", "gluon_fused", "triton"])
+@pytest.mark.parametrize("name", ["gluon", "gluon_ordered", "gluon_fused", "triton"])
 @pytest.mark.parametrize("case", ORDINARY, ids=str)
 def test_what_every_backend_must_pass(name: str, case: Case) -> None:
     check_backend(backend(name, fit(case)), fit(case))
@@ -95,6 +95,7 @@ def test_every_head_size(size: tuple[int, int], softcap: float) -> None:
         check_backend(backend("gluon", each), each)
         if size in ROWS[FUSED] and not softcap:
             check_backend(backend("gluon_fused", each), each)
+            check_backend(backend("gluon_ordered", each), each)
 
 
 # Few heads and more keys than rows: fewer items than an H100 has multiprocessors, so that items are cut and joined.
@@ -178,11 +179,22 @@ def test_a_thousand_random_masks(seed: int) -> None:
         check_backend(backend("gluon", case), case, seed * 1000 + turn)
         if (case.d, case.d_v) in ROWS[FUSED] and not case.softcap and turn % 4 == 0:
             check_backend(backend("gluon_fused", case), case, seed * 1000 + turn)
+            check_backend(backend("gluon_ordered", case), case, seed * 1000 + turn)
 
 
-def test_the_same_bits_in_a_hundred_runs() -> None:
-    case = replace(LIBRARY_CASES[0], n_q=3000, n_k=3000, bands=Bands([Band(0, 3000, 0, 3000, -INF, 0)]))
-    found = backend("gluon", case)
+@pytest.mark.parametrize("name", ["gluon", "gluon_ordered"])
+@pytest.mark.parametrize("mask", ["causal", "full", "window", "packed"])
+def test_the_same_bits_in_a_hundred_runs(name: str, mask: str) -> None:
+    """For gluon_ordered with more programs than multiprocessors, which start and end as they like."""
+    ends = [0, 700, 710, 1999, 3000]
+    bands = {
+        "causal": [Band(0, 3000, 0, 3000, -INF, 0)],
+        "full": [Band(0, 3000, 0, 3000)],
+        "window": [Band(0, 3000, 0, 3000, -500, 0)],
+        "packed": [Band(a, b, a, b, -INF, 0) for a, b in zip(ends, ends[1:], strict=False)],
+    }[mask]
+    case = replace(LIBRARY_CASES[0], n_q=3000, n_k=3000, heads=(16, 8), bands=Bands(bands))
+    found = backend(name, case)
     for _ in range(50):  # two runs each
         check_repeats(found, case)
 

@@ -95,9 +95,14 @@ def test_choose_asks_the_table_on_its_hardware_alone(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(measured, "capability", lambda device: (9, 0))
     monkeypatch.setattr(measured, "read", lambda: table(forward_full=("cudnn", "gluon"), backward_full=("gluon_fused", "gluon")))
     x = OnGpu()
-    assert choose(x, x, x, Scores(1.0)).backend.name == "measured (gluon, cudnn, flash, triton)"  # type: ignore[arg-type]
+    assert choose(x, x, x, Scores(1.0)).backend.name == "measured (gluon, gluon_ordered, cudnn, flash, triton)"  # type: ignore[arg-type]
     loose = choose(x, x, x, Scores(1.0), deterministic=False).backend  # type: ignore[arg-type]
     assert isinstance(loose, Measured) and pick(loose, BACKWARD, FULL) == "gluon_fused"
+    monkeypatch.setattr(measured, "read", lambda: table(backward_full=("gluon_fused", "gluon_ordered", "gluon")))
+    strict = choose(x, x, x, Scores(1.0)).backend  # type: ignore[arg-type]
+    assert isinstance(strict, Measured) and pick(strict, BACKWARD, FULL) == "gluon_ordered", (
+        "deterministic, and faster by the table"
+    )
     monkeypatch.setattr(measured, "capability", lambda device: (8, 0))
     assert choose(x, x, x, Scores(1.0)).backend is made["gluon"]  # type: ignore[arg-type]
     assert set(ON_DEMAND) < set(RANKING)

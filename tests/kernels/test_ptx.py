@@ -20,7 +20,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs triton's compiler, and this process interprets", allow_module_level=True)
 
 from distattn.kernels.bands import INF, Band, Bands  # noqa: E402
-from distattn.kernels.gluon_launch import FORWARD, FUSED, KEYS, ROWS, SCRATCH  # noqa: E402
+from distattn.kernels.gluon_launch import FORWARD, FUSED, KEYS, ORDERED, ROWS, SCRATCH  # noqa: E402
 from tests.kernels.cases import DOCUMENTS, GAPS, WINDOW, Case, check_backend, check_repeats, check_untouched  # noqa: E402
 from tests.kernels.gluon_machine import KernelError  # noqa: E402
 from tests.kernels.ptx_global import GlobalMemory  # noqa: E402
@@ -87,6 +87,20 @@ def test_the_fused_backward_of_every_head_size(size: tuple[int, int]) -> None:
     for seed, bands in enumerate((GAPS, DOCUMENTS, WINDOW)):
         check_backend(Compiled(seed, deterministic=False), replace(case, bands=bands))
     check_backend(Compiled(7, deterministic=False), replace(case, bands=WINDOW, dtype=F16, calls=2, sinks=True, strided=True))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("size", ROWS[ORDERED], ids=str)
+def test_the_ordered_backward_of_every_head_size(size: tuple[int, int]) -> None:
+    """Programs of a head meet: three at a time, which wait for each other's counters."""
+    causal = Bands([Band(0, 260, 0, 290, -INF, 30)])
+    case = replace(RAGGED, d=size[0], d_v=size[1], n_q=260, bands=causal, out_dtype=None)
+    backend = Compiled(8, ordered=True)
+    check_backend(backend, case)
+    check_backend(backend, replace(case, bands=WINDOW))
+    check_repeats(backend, case)
+    assert {r.kind for r in backend.reports} == {FORWARD, ORDERED, SCRATCH}
 
 
 CHANGES: list[tuple[str, tuple[int, int], dict[str, Any]]] = [
