@@ -132,6 +132,7 @@ class SharedMemory:
         self.reading: list[int] = []  # agents that ever read
         self.is_barrier = np.zeros(n, bool)
         self.barriers: dict[int, MBarrier] = {}
+        self.n_barriers = 0  # ever initialised
 
     # ---- mbarriers
 
@@ -140,9 +141,10 @@ class SharedMemory:
         if address in self.barriers:
             raise KernelError(f"{self.barriers[address]} is initialised twice")
         self.write(slice(at // 4, at // 4 + 2), owner, owner.warp, int(owner.seen[owner.warp]), False, "an mbarrier")
-        self.barriers[address] = MBarrier(address, BARRIERS + len(self.barriers), count, owner)
+        self.barriers[address] = MBarrier(address, BARRIERS + self.n_barriers, count, owner)
+        self.n_barriers += 1
         self.is_barrier[at // 4 : at // 4 + 2] = True
-        if BARRIERS + len(self.barriers) > N_AGENTS:
+        if BARRIERS + self.n_barriers > N_AGENTS:
             raise KernelError("more mbarriers than the emulator has agents for")
 
     def barrier(self, address: int, user: Clocks, engine: bool, what: str) -> MBarrier:
@@ -189,10 +191,22 @@ class SharedMemory:
             self.reading.append(agent)
         self.readers[agent, where] = time
 
+    def _retire(self, where: Where, engine: bool, what: str) -> None:
+        """Triton gives the words of mbarriers that were never used to others, without mbarrier.inval: later uses are errors."""
+        touched = np.arange(len(self.is_barrier))[where]
+        for address in list(self.barriers):
+            barrier, first = self.barriers[address], (address - SHARED_BASE) // 4
+            if not np.isin([first, first + 1], touched).any():
+                continue
+            if engine or barrier.phases or barrier.arrivals or barrier.bytes:
+                raise KernelError(f"{what}: the words of {barrier}")
+            del self.barriers[address]
+            self.is_barrier[first : first + 2] = False
+
     def write(self, where: Where, clocks: Clocks, agent: int, time: int, engine: bool, what: str, again: bool = False) -> None:
         """``again``: the same bytes as before, by a thread; may race with the thread that wrote them."""
         if self.is_barrier[where].any():
-            raise KernelError(f"{what}: the words of an mbarrier")
+            self._retire(where, engine, what)
         if not (again and self.writer[where].max() < N_WARPS):
             self._ordered(where, clocks, engine, what)
         for reader in self.reading:
