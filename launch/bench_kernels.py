@@ -104,7 +104,7 @@ def change_rows(words: list[str]) -> None:
     Raises:
         ValueError: there is no such kind, size or field, or the value is none.
     """
-    from distattn.kernels.gluon_launch import ROWS
+    from distattn.kernels.gluon_launch import FUSED, ORDERED, ROWS
 
     for word in words:
         place, _, rest = word.partition(".")
@@ -120,6 +120,8 @@ def change_rows(words: list[str]) -> None:
             value = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"--set {word}: {text!r} is no number and neither true nor false.") from error
+        if kind in (FUSED, ORDERED) and (name == "split" and value or name == "stages" and value > 3):
+            raise ValueError(f"--set {word}: {kind} takes up to 3 stages and is not split. Use another value.")
         for row in [chosen[size]] if size else chosen.values():
             ROWS[kind][row] = ROWS[kind][row]._replace(**{name: value})
 
@@ -179,7 +181,7 @@ def measure(asked: argparse.Namespace, command: str) -> Results:
     from distattn.launch import bench_kernels_ranks
     from distattn.launch.bench_kernels_cases import Case, all_cases, inputs
     from distattn.launch.bench_kernels_measure import Protocol
-    from distattn.launch.bench_kernels_report import Results, hardware
+    from distattn.launch.bench_kernels_report import Results, as_json, hardware, write_json
 
     device = torch.device(asked.device)
     protocol = Protocol(asked.rounds, asked.seconds, 0.0 if asked.quick else 0.25, 2 if asked.quick else 4)
@@ -189,6 +191,8 @@ def measure(asked: argparse.Namespace, command: str) -> Results:
     for case in all_cases(asked.quick):
         if case.group in asked.only and case.direction in asked.direction:
             measure_case(case, asked, protocol, results, lambda: a @ a)
+            if asked.json:  # what was measured outlives whatever comes next
+                write_json(asked.json, as_json(results))
     if "ranks" in asked.only and not asked.check_only:
         heads = 2 if asked.quick else 16
         case = Case("ranks", "causal", asked.tokens, heads, heads, 128, 128)
@@ -234,7 +238,7 @@ def measure_case(case: Case, asked: argparse.Namespace, protocol: Protocol, resu
             work()
         except Wrong:
             raise
-        except (ValueError, RuntimeError, NotImplementedError) as error:  # it cannot take the case, and says why
+        except Exception as error:  # it cannot take the case and says why, or the compiler cannot take it
             results.refused.setdefault(case, {})[name] = (str(error).splitlines() or [type(error).__name__])[0][:200]
             continue
         contenders[name] = work

@@ -135,7 +135,7 @@ def as_order(results: Results) -> dict[str, Any]:
     """The table of :mod:`distattn.kernels.measured`: backends by the geometric mean of their sustained rates over the lengths."""
     rates: dict[tuple[str, str, int, int], dict[str, list[float]]] = {}
     for case, found in results.rates.items():
-        if case.state:
+        if case.state or case.rows is not None:  # shapes that leave most of a card idle say nothing of ordinary ones
             continue
         row = rates.setdefault((case.direction, mask_of(case.bands), case.d, case.d_v), {})
         for who in found:

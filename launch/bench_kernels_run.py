@@ -135,8 +135,10 @@ def _flex(case: Case, device: torch.device) -> Callable[..., Tensor]:
         distance = j - i
         return (j >= own[..., 2]) & (j < own[..., 3]) & (distance >= own[..., 4]) & (distance <= own[..., 5])
 
-    mask = create_block_mask(visible, None, None, case.queries, case.tokens, device=device)
-    compiled = torch.compile(flex_attention, dynamic=False)
+    # dynamo keeps eight compilations of one function; beyond them, without fullgraph, it would run uncompiled without a word
+    torch._dynamo.reset()
+    mask = create_block_mask(visible, None, None, case.queries, case.tokens, device=device, _compile=True)
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     return partial(compiled, block_mask=mask, enable_gqa=case.heads != case.kv_heads)
 
 

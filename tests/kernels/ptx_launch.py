@@ -19,6 +19,8 @@ from triton.compiler import compile as compile_source
 
 from distattn.kernels.gluon_ahead_of_time import TARGET, Launched, _source
 from distattn.kernels.gluon_backend import GluonBackend
+from distattn.kernels.gluon_division import Costs
+from distattn.kernels.gluon_plans import Shape
 from tests.kernels.ptx_global import GlobalMemory, TensorMap, describe
 from tests.kernels.ptx_lanes import Counts, Traffic
 from tests.kernels.ptx_machine import Machine
@@ -183,14 +185,16 @@ class Compiled(GluonBackend):
         processors: of the emulated chip.
         rows: changes fields of the launch rows by kind.
         change: of the PTX text, by kind of kernel.
+        costs: of cutting items, instead of the real ones, which small sizes do not repay.
         options: of :class:`GluonBackend`.
     """
 
     def __init__(
         self, seed: int = 0, processors: int = 3, rows: dict[str, dict[str, Any]] | None = None,
-        change: dict[str, Change] | None = None, **options: bool,
+        change: dict[str, Change] | None = None, costs: Costs | None = None, **options: bool,
     ):  # fmt: skip
         super().__init__(**options)
+        self.costs = costs
         self.seed, self.processors, self.rows, self.change = seed, processors, rows or {}, change or {}
         self.reports: list[Report] = []
 
@@ -199,6 +203,10 @@ class Compiled(GluonBackend):
 
     def _processors(self, device: torch.device) -> int:
         return self.processors
+
+    def _costs(self, kind: str, row: Any, shape: Shape) -> Costs | None:
+        found = super()._costs(kind, row, shape)
+        return self.costs if found and self.costs else found
 
     def _row(self, kind: str, d: int, d_v: int, softcap: float = 0.0) -> Any:
         return super()._row(kind, d, d_v, softcap)._replace(**self.rows.get(kind, {}))

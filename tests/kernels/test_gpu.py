@@ -27,6 +27,11 @@ BF16, F16 = torch.bfloat16, torch.float16
 N = 515  # no tile divides it
 
 
+def there(x: Tensor) -> Tensor:
+    """``x`` on the GPU with its strides, which ``cuda()`` does not keep."""
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="cuda").copy_(x)
+
+
 class OnGpu:
     """A backend whose callers keep their tensors on the CPU; what it writes in place is copied back."""
 
@@ -34,14 +39,14 @@ class OnGpu:
         self.inner, self.name = inner, inner.name
 
     def reject(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> str | None:
-        return self.inner.reject(q.cuda(), k.cuda(), v.cuda(), scores)
+        return self.inner.reject(there(q), there(k), there(v), scores)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, bands: Bands, scores: Scores, state: State | None = None, out: Tensor | None = None
     ) -> State:
-        there = None if state is None else State(*(x.cuda() for x in state))
-        out_there = None if out is None else out.cuda()
-        made = self.inner.forward(q.cuda(), k.cuda(), v.cuda(), bands, scores, there, out_there)
+        given = None if state is None else State(*(there(x) for x in state))
+        out_there = None if out is None else there(out)
+        made = self.inner.forward(there(q), there(k), there(v), bands, scores, given, out_there)
         if out is not None:
             out.copy_(out_there)
         if state is None:
@@ -52,8 +57,8 @@ class OnGpu:
 
     def backward(self, *arguments: Any) -> None:
         *inputs, dq, dk, dv = arguments
-        sums = [x.cuda() for x in (dq, dk, dv)]
-        self.inner.backward(*(x.cuda() if isinstance(x, Tensor) else x for x in inputs), *sums)
+        sums = [there(x) for x in (dq, dk, dv)]
+        self.inner.backward(*(there(x) if isinstance(x, Tensor) else x for x in inputs), *sums)
         for mine, theirs in zip((dq, dk, dv), sums, strict=True):
             mine.copy_(theirs)
 

@@ -20,8 +20,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs triton's compiler, and this process interprets", allow_module_level=True)
 
 from distattn.kernels.bands import INF, Band, Bands  # noqa: E402
-from distattn.kernels.gluon_launch import FORWARD, FUSED, KEYS, ORDERED, ROWS, SCRATCH  # noqa: E402
+from distattn.kernels.gluon_launch import ADD, FORWARD, FUSED, KEYS, MERGE, ORDERED, QUERIES, ROWS, SCRATCH  # noqa: E402
 from tests.kernels.cases import DOCUMENTS, GAPS, WINDOW, Case, check_backend, check_repeats, check_untouched  # noqa: E402
+from tests.kernels.gluon_emulator import FREE  # noqa: E402
 from tests.kernels.gluon_machine import KernelError  # noqa: E402
 from tests.kernels.ptx_global import GlobalMemory  # noqa: E402
 from tests.kernels.ptx_launch import Compiled, execute  # noqa: E402
@@ -64,6 +65,24 @@ def test_the_fused_backward() -> None:
     assert {r.kind for r in backend.reports} == {FORWARD, FUSED, SCRATCH}
     fused = next(r for r in backend.reports if r.kind == FUSED)
     assert fused.stored.units == fused.stored.ideal, "the adds of dq are not whole sectors"
+
+
+def test_items_that_are_cut() -> None:
+    """Of one head: its strides are its width, which the compiler makes use of."""
+    backend = Compiled(seed=3, processors=9, costs=FREE)
+    check_backend(backend, replace(RAGGED, heads=(1, 1)))
+    assert [r.kind for r in backend.reports] == [FORWARD, MERGE, KEYS, ADD, QUERIES, ADD]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("size", ROWS[FORWARD], ids=str)
+def test_items_that_are_cut_of_every_head_size(size: tuple[int, int]) -> None:
+    case = replace(RAGGED, d=size[0], d_v=size[1], calls=2, sinks=True)
+    backend = Compiled(seed=4, processors=21, costs=FREE)
+    for each in (case, replace(case, out_dtype=None, dtype=F16, softcap=1.5)):
+        check_backend(backend, each)
+    assert {MERGE, ADD} <= {r.kind for r in backend.reports}
 
 
 @pytest.mark.slow

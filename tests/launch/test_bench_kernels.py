@@ -89,6 +89,31 @@ def test_who_cannot_take_a_case_is_named(monkeypatch: pytest.MonkeyPatch, capsys
     assert "not measured: gluon: " in said
 
 
+def test_what_was_measured_outlives_what_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Failing(Aten):
+        def forward(self, q, k, v, bands, scores, state=None, out=None):  # type: ignore[no-untyped-def]
+            made = super().forward(q, k, v, bands, scores, state, out)
+            if state is not None:
+                made.o[:9] += 0.1
+            return made
+
+    monkeypatch.setattr("distattn.launch.bench_kernels_run.load", lambda name: Failing())
+    assert bench_kernels.main([*QUICK, "--only", "state", "--backend", "aten", "--json", str(tmp_path / "x.json")]) == 1
+    assert [row["state"] for row in json.loads((tmp_path / "x.json").read_text())["rates"]] == [False] * 3
+
+
+def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class OutOfResources(Exception):
+        pass
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OutOfResources("out of resource: shared memory")
+
+    monkeypatch.setattr("distattn.launch.bench_kernels_run.scaled_dot_product_attention", refuse)
+    assert bench_kernels.main([*QUICK, "--only", "gqa", "--backend", "aten"]) == 0
+    assert "not measured: SDPA (library): out of resource: shared memory" in capsys.readouterr().out
+
+
 def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for words, text in (
         (["--device", "cpu"], "Pass --quick"),
@@ -100,6 +125,8 @@ def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         ([*QUICK, "--json", str(tmp_path / "no" / "x")], "there is no folder"),
         ([*QUICK, "--set", "forward.speed=9"], "Use one of forward.consumers"),
         ([*QUICK, "--set", "forward.stages=many"], "is no number"),
+        ([*QUICK, "--set", "fused_gradient.split=true"], "is not split"),
+        ([*QUICK, "--set", "fused_gradient:128:128.stages=4"], "up to 3 stages"),
         ([*QUICK, "--set", "fused_gradient:96:96.stages=3"], "no head size 96:96. Use one of 64:64, 128:128"),
     ):
         assert bench_kernels.main(words) == 2
