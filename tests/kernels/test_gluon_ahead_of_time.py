@@ -69,7 +69,11 @@ CEILINGS = {
 # What a version's assembler does not bring off, to the byte; 3.7.1 spills nothing. Ordered dq is asked for by name only.
 KNOWN = {
     ("3.6", Case(ORDERED, 128, 128)): ["5 instructions of its loops move spilled registers", "spills 40 bytes"],
-    **{("3.9", Case(FORWARD, 256, 256, call, pieces=True)): [f"spills {100 if call == 'state' else 92} bytes"] for call in CALLS},
+    **{
+        ("3.9", case): [f"spills {100 if case.call == 'state' and not case.softcap else 92} bytes"]
+        for case in all_cases()
+        if case.kind == FORWARD and case.d == 256 and case.pieces
+    },
 }
 
 
